@@ -1,0 +1,400 @@
+"""Our options: one frozen dataclass, read from the command line, the environment and a YAML file.
+
+Precedence: command line over `ALCHEMIST_*` over `--config FILE.yaml` over the defaults below. Every
+other flag must be one of SGLang's and is handed on as it came. This is the only file that reads our
+environment variables. A child process gets the resolved configuration through the JSON file named
+by `ALCHEMIST_RUN`.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import itertools
+import math
+import os
+import re
+import sys
+import textwrap
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+import msgspec
+import psutil
+import yaml
+
+from alchemist.server import sglang_flags
+from alchemist.server.sglang_flags import UsageError, unknown
+
+RUN_VARIABLE = "ALCHEMIST_RUN"
+"""Names the JSON file of a run's configuration in the environment of our child processes."""
+
+LINEAR_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+"""What `all-linear` stands for, under PEFT's names."""
+
+_PREFIX = "ALCHEMIST_"
+_UNITS = {"": 2**30, "b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Config:
+    """The resolved options of one server.
+
+    Raises:
+        ValueError: a value is out of range; names the option, the value and what is allowed.
+    """
+
+    data_dir: str = "./alchemist-data"
+    """Directory of ledger and versions, created with mode 0700 (default: ./alchemist-data)."""
+
+    objective: Literal["kto", "apo_zero_unpaired", "sft"] = "kto"
+    """Loss a vote is trained with, as TRL defines it (default: kto)."""
+
+    lora_rank: int = 16
+    """LoRA rank, PEFT's r (default: 16)."""
+
+    lora_alpha: float = 0.0
+    """LoRA alpha; the adapter is scaled by alpha / rank. 0: twice the rank, as by default in TRL
+    (default: 0)."""
+
+    target_modules: tuple[str, ...] = LINEAR_MODULES
+    """Where the adapter goes: all-linear, or a comma-separated list of
+    q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj (default: all-linear)."""
+
+    learning_rate: float = 1e-4
+    """Step size of the optimizer (default: 1e-4)."""
+
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    """adamw, or sgd without momentum (default: adamw)."""
+
+    weight_decay: float = 0.0
+    """Decoupled decay of the adapter per step, times the learning rate (default: 0)."""
+
+    beta: float = 0.1
+    """TRL's beta of kto and apo_zero_unpaired: how tightly the reference holds (default: 0.1)."""
+
+    desirable_weight: float = 1.0
+    """Weight of up-votes in the loss (default: 1)."""
+
+    undesirable_weight: float = 1.0
+    """Weight of down-votes in the loss (default: 1)."""
+
+    reference: Literal["served", "base"] = "base"
+    """What the log-ratio is taken against: the base model, or the version that served the answer
+    (default: base)."""
+
+    max_grad_norm: float = 1.0
+    """Largest L2 norm of a step's gradient, larger ones are scaled down; 0: off (default: 1)."""
+
+    train_batch_size: int = 16
+    """Votes per training step (default: 16)."""
+
+    train_max_wait: float = 30.0
+    """Seconds the oldest pending vote waits before a smaller batch is trained (default: 30)."""
+
+    max_staleness: int = 4
+    """Versions a recording may be behind the live one; older ones are recomputed (default: 4)."""
+
+    record: Literal["prefill", "none"] = "prefill"
+    """Which activations serving keeps for training: prefill or none (default: prefill)."""
+
+    activation_memory_bytes: int = 0
+    """Memory for recorded activations: a number in GiB, or with a unit as in 512MiB or 2GiB; auto:
+    a tenth of what is free at launch, at most 8 GiB (default: auto)."""
+
+    keep_versions: int = 16
+    """Newest versions whose directories are kept; the live one always is (default: 16)."""
+
+    keep_completions: int = 100_000
+    """Newest completions without feedback that are kept; one with feedback always is
+    (default: 100000)."""
+
+    no_train: bool = False
+    """Serve and take votes, but do not start the trainer (default: off)."""
+
+    seed: int = 0
+    """Seed of the adapter's initial weights and of batch order (default: 0)."""
+
+    probe_tolerance: float = 0.05
+    """Largest difference, in nats per token, between the trainer's and the engine's logprobs of the
+    probe; beyond it a version is not published (default: 0.05)."""
+
+    shutdown_timeout: float = 10.0
+    """Seconds that requests in flight get to finish at shutdown before they are aborted
+    (default: 10)."""
+
+    max_feedback_bytes: int = 262_144
+    """Largest body of a feedback request, in bytes (default: 262144)."""
+
+    def __post_init__(self) -> None:
+        for name, choices in _CHOICES.items():
+            _require(self, name, getattr(self, name) in choices, "one of " + ", ".join(choices))
+        for name, (low, high) in _INTEGER_RANGES.items():
+            _require(self, name, low <= getattr(self, name) <= high, f"{low} to {high}")
+        for name, positive in _NUMBERS.items():
+            value = getattr(self, name)
+            is_allowed = math.isfinite(value) and (value > 0 if positive else value >= 0)
+            _require(self, name, is_allowed, "above 0" if positive else "0 or more")
+        modules = self.target_modules
+        is_known = bool(modules) and set(modules) <= set(LINEAR_MODULES)
+        _require(
+            self, "target_modules", is_known, "all-linear or some of " + ",".join(LINEAR_MODULES)
+        )
+        _require(self, "data_dir", bool(self.data_dir), "a path")
+        physical = physical_memory_bytes()
+        fits = 0 <= self.activation_memory_bytes <= physical
+        has = f"auto, or up to the {physical / 2**30:.1f} GiB this machine has"
+        _require(self, "activation_memory_bytes", fits, has)
+        ordered = tuple(m for m in LINEAR_MODULES if m in modules)
+        object.__setattr__(self, "target_modules", ordered)
+        object.__setattr__(self, "lora_alpha", float(self.lora_alpha or 2 * self.lora_rank))
+        object.__setattr__(self, "data_dir", os.path.abspath(self.data_dir))
+
+    @property
+    def ledger_path(self) -> Path:
+        return Path(self.data_dir) / "ledger.sqlite3"
+
+    @property
+    def versions_path(self) -> Path:
+        return Path(self.data_dir) / "versions"
+
+    def to_json(self) -> str:
+        """One line, every field resolved; what `from_json` reads and what is logged at launch."""
+        return msgspec.json.encode(self).decode()
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> Config:
+        """The inverse of `to_json`.
+
+        Raises:
+            ValueError: unknown field, wrong type or a value out of range.
+        """
+        data = msgspec.json.decode(text, type=dict[str, Any])
+        if unknown := set(data) - {f.name for f in fields(cls)}:
+            raise ValueError(f"configuration has unknown fields: {', '.join(sorted(unknown))}")
+        return msgspec.convert(data, cls)
+
+
+_CHOICES: dict[str, tuple[str, ...]] = {
+    name: get_args(kind)
+    for name, kind in get_type_hints(Config).items()
+    if get_origin(kind) is Literal
+}
+_INTEGER_RANGES = {
+    "lora_rank": (1, 512),
+    "train_batch_size": (1, 65536),
+    "max_staleness": (0, 2**31 - 1),
+    "keep_versions": (1, 2**31 - 1),
+    "keep_completions": (0, 2**31 - 1),
+    "seed": (0, 2**63 - 1),
+    "max_feedback_bytes": (1024, 2**30),
+}
+# Field → whether 0 is refused.
+_NUMBERS = {
+    "lora_alpha": False,
+    "learning_rate": True,
+    "weight_decay": False,
+    "beta": True,
+    "desirable_weight": False,
+    "undesirable_weight": False,
+    "max_grad_norm": False,
+    "train_max_wait": False,
+    "probe_tolerance": True,
+    "shutdown_timeout": False,
+}
+
+
+def _require(config: Config, name: str, is_allowed: bool, allowed: str) -> None:
+    if not is_allowed:
+        value = getattr(config, name)
+        if name == "activation_memory_bytes":
+            value = f"{value / 2**30:.1f} GiB"
+        raise ValueError(f"{_option_name(name)} is {value!r}; allowed: {allowed}")
+
+
+def physical_memory_bytes() -> int:
+    """Memory of this machine, or the limit of this process's control group where that is less."""
+    total = psutil.virtual_memory().total
+    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        try:
+            text = Path(path).read_text().strip()
+        except OSError:
+            continue
+        if text.isdigit():
+            total = min(total, int(text))
+    return total
+
+
+def auto_activation_bytes(free_bytes: int) -> int:
+    """What `--activation-memory auto` means with `free_bytes` free on the device of the pool."""
+    return min(free_bytes // 10, 8 * 2**30)
+
+
+def parse(argv: Sequence[str], environ: Mapping[str, str]) -> tuple[Config, list[str]]:
+    """Our configuration, and SGLang's arguments (those of the file first, so that `argv` wins).
+
+    `--help` and `--help-all` print and exit with 0. A usage error (unknown flag, key or variable,
+    bad value, unreadable file) prints one line to standard error and exits with 2.
+    """
+    try:
+        if "--help" in argv or "-h" in argv or "--help-all" in argv:
+            print(_help("--help-all" in argv), end="")
+            raise SystemExit(0)
+        given, sglang_argv = _split(argv)
+        variables = _from_environ(environ)
+        path = given.pop("config", None) or variables.pop("config", None)
+        variables.pop("config", None)
+        from_file, sglang_mapping = _from_file(path) if path else ({}, {})
+        values = {
+            name: _read(name, value) for name, value in {**from_file, **variables, **given}.items()
+        }
+        config = Config(**values)
+        if sglang_argv or sglang_mapping:
+            sglang_argv = sglang_flags.check(sglang_argv, sglang_mapping, list(_OPTIONS))
+    except ValueError as error:
+        print(f"alchemist: error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    return config, sglang_argv
+
+
+def _option_name(name: str) -> str:
+    return "--" + name.removesuffix("_bytes" if name.startswith("activation") else "").replace(
+        "_", "-"
+    )
+
+
+_OPTIONS = {_option_name(f.name): f.name for f in fields(Config)} | {"--config": "config"}
+
+
+def _split(argv: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+    ours: dict[str, Any] = {}
+    theirs: list[str] = []
+    words = iter(argv)
+    for word in words:
+        option, has_value, value = word.partition("=")
+        name = _OPTIONS.get(option)
+        if name is None:
+            theirs.append(word)
+        elif name == "no_train":
+            ours[name] = value if has_value else True
+        else:
+            ours[name] = value if has_value else next(words, "--")
+            if ours[name].startswith("--"):
+                raise UsageError(f"{option} needs a value")
+    return ours, theirs
+
+
+def _from_environ(environ: Mapping[str, str]) -> dict[str, Any]:
+    known = {_PREFIX + option[2:].replace("-", "_").upper(): n for option, n in _OPTIONS.items()}
+    found: dict[str, Any] = {}
+    for variable, value in environ.items():
+        if variable.startswith(_PREFIX) and variable != RUN_VARIABLE:
+            if variable not in known:
+                raise UsageError(unknown("environment variable", variable, known))
+            found[known[variable]] = value
+    return found
+
+
+def _from_file(path: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    try:
+        data = yaml.safe_load(Path(path).read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UsageError(f"--config {path}: {' '.join(str(error).split())}") from error
+    data = {} if data is None else data
+    if not isinstance(data, dict):
+        raise UsageError(f"--config {path}: must hold a mapping of options to values")
+    known = {o[2:]: n for o, n in _OPTIONS.items() if o != "--config"} | {"sglang": "sglang"}
+    found: dict[str, Any] = {}
+    for key, value in data.items():
+        name = known.get(str(key).replace("_", "-"))
+        if name is None:
+            raise UsageError(unknown(f"key in {path}:", str(key), known))
+        found[name] = value
+    sglang = found.pop("sglang", None) or {}
+    if not isinstance(sglang, dict):
+        raise UsageError(f"--config {path}: sglang must be a mapping of SGLang's flags to values")
+    return found, sglang
+
+
+def _read(name: str, value: object) -> Any:
+    """The value of a field from a word (command line, environment) or a YAML scalar or list."""
+    kind = get_type_hints(Config)[name]
+    if name == "activation_memory_bytes":
+        return _read_bytes(value)
+    if name == "target_modules":
+        words = value if isinstance(value, list) else str(value).split(",")
+        names = tuple(str(word).strip() for word in words)
+        return LINEAR_MODULES if names == ("all-linear",) else names
+    if kind is bool:
+        word = str(value).lower()
+        if word not in ("true", "1", "yes", "on", "false", "0", "no", "off", ""):
+            raise UsageError(f"{_option_name(name)} is {value!r}; allowed: true or false")
+        return word in ("true", "1", "yes", "on")
+    if kind in (int, float):
+        try:
+            if isinstance(value, bool) or not isinstance(value, str | int | float):
+                raise ValueError
+            if kind is int and isinstance(value, float):
+                raise ValueError
+            return kind(value)
+        except ValueError:
+            allowed = "a whole number" if kind is int else "a number"
+            raise UsageError(f"{_option_name(name)} is {value!r}; allowed: {allowed}") from None
+    if not isinstance(value, str):
+        raise UsageError(f"{_option_name(name)} is {value!r}; allowed: a word")
+    return value
+
+
+def _read_bytes(value: object) -> int:
+    if value == "auto":
+        return 0
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-zA-Z]*)", str(value).strip())
+    unit = _UNITS.get(match[2].lower()) if match else None
+    if match is None or unit is None or (count := int(float(match[1]) * unit)) == 0:
+        allowed = "auto, a number in GiB above 0, or one with a unit (512MiB, 2GiB)"
+        raise UsageError(f"--activation-memory is {value!r}; allowed: {allowed}")
+    return count
+
+
+def _field_docs() -> dict[str, str]:
+    """The literal under each field, so that `--help` and the code cannot part."""
+    tree = ast.parse(textwrap.dedent(inspect.getsource(Config)))
+    assert isinstance(tree.body[0], ast.ClassDef)
+    docs = {}
+    for node, after in itertools.pairwise(tree.body[0].body):
+        if isinstance(node, ast.AnnAssign) and isinstance(after, ast.Expr):
+            docs[ast.unparse(node.target)] = " ".join(ast.literal_eval(after.value).split())
+    return docs
+
+
+def _help(is_all: bool) -> str:
+    docs = _field_docs()
+    lines = [
+        "usage: alchemist [options] [any SGLang flag]",
+        "",
+        "Serves a model over the OpenAI API and trains it on the votes its users give.",
+        "Without --model-path the embedded tiny model is served.",
+        "",
+        "Alchemist's options (also ALCHEMIST_<NAME> in the environment, and keys of the file):",
+        "  --config FILE.yaml",
+        "        Options as `name: value`, and SGLang's flags under `sglang:`.",
+    ]
+    for option, name in _OPTIONS.items():
+        if name != "config":
+            lines.append(f"  {option}" + ("" if name == "no_train" else f" {_metavar(name)}"))
+            lines += textwrap.wrap(
+                docs[name], 92, initial_indent=" " * 8, subsequent_indent=" " * 8
+            )
+    lines.append("\nEvery flag of SGLang is taken too; --help-all lists them.")
+    text = "\n".join(lines) + "\n"
+    return text + ("\n" + sglang_flags.help_text() if is_all else "")
+
+
+def _metavar(name: str) -> str:
+    kind = get_type_hints(Config)[name]
+    if name in _CHOICES:
+        return "{" + ",".join(_CHOICES[name]) + "}"
+    special = {"data_dir": "DIR", "activation_memory_bytes": "SIZE", "target_modules": "MODULES"}
+    return special.get(name, "N" if kind is int else "X")

@@ -1,0 +1,185 @@
+"""Options: precedence, limits, errors that name the thing, and SGLang's flags passing through."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from alchemist.server import config as config_module
+from alchemist.server.config import (
+    LINEAR_MODULES,
+    Config,
+    auto_activation_bytes,
+    parse,
+    physical_memory_bytes,
+)
+
+
+def usage_error(capsys: pytest.CaptureFixture[str], argv: list[str], environ=None) -> str:
+    with pytest.raises(SystemExit) as caught:
+        parse(argv, environ or {})
+    assert caught.value.code == 2
+    message = capsys.readouterr().err
+    assert message.startswith("alchemist: error: ")
+    assert message.count("\n") == 1
+    return message
+
+
+def test_defaults() -> None:
+    config, rest = parse([], {"PATH": "/bin"})
+    assert config == Config()
+    assert rest == []
+    assert (config.objective, config.reference, config.optimizer) == ("kto", "base", "adamw")
+    assert (config.lora_rank, config.lora_alpha) == (16, 32.0)
+    assert config.target_modules == LINEAR_MODULES
+    assert config.data_dir == str(Path.cwd() / "alchemist-data")
+
+
+def test_alpha_follows_the_rank_unless_given() -> None:
+    assert parse(["--lora-rank", "4"], {})[0].lora_alpha == 8.0
+    assert parse(["--lora-rank=4", "--lora-alpha=4"], {})[0].lora_alpha == 4.0
+
+
+def test_command_line_over_environment_over_file(tmp_path: Path) -> None:
+    file = tmp_path / "a.yaml"
+    file.write_text("beta: 0.3\nlora-rank: 4\nlearning_rate: 1e-3\nno-train: true\n")
+    environ = {"ALCHEMIST_BETA": "0.2", "ALCHEMIST_LORA_RANK": "8"}
+    config, _ = parse(["--config", str(file), "--lora-rank", "2"], environ)
+    assert (config.lora_rank, config.beta, config.learning_rate) == (2, 0.2, 1e-3)
+    assert config.no_train
+    by_variable, _ = parse([], {"ALCHEMIST_CONFIG": str(file), "ALCHEMIST_NO_TRAIN": "0"})
+    assert by_variable.lora_rank == 4
+    assert not by_variable.no_train
+
+
+@pytest.mark.parametrize(
+    ("word", "count"), [("2", 2**31), ("512MiB", 2**29), ("1.5gib", 3 * 2**29), ("auto", 0)]
+)
+def test_activation_memory_units(word: str, count: int) -> None:
+    assert parse(["--activation-memory", word], {})[0].activation_memory_bytes == count
+
+
+def test_activation_memory_larger_than_the_machine(capsys: pytest.CaptureFixture[str]) -> None:
+    too_much = f"{physical_memory_bytes() // 2**30 + 1}GiB"
+    message = usage_error(capsys, ["--activation-memory", too_much])
+    assert "--activation-memory is " in message
+    assert "this machine has" in message
+
+
+def test_automatic_activation_memory_is_a_capped_tenth() -> None:
+    assert auto_activation_bytes(20 * 2**30) == 2 * 2**30
+    assert auto_activation_bytes(800 * 2**30) == 8 * 2**30
+
+
+@pytest.mark.parametrize(
+    ("argv", "named"),
+    [
+        (["--lora-rank", "0"], "--lora-rank is 0; allowed: 1 to 512"),
+        (["--lora-rank", "9999"], "allowed: 1 to 512"),
+        (["--lora-rank", "2.5"], "--lora-rank is '2.5'; allowed: a whole number"),
+        (["--learning-rate", "nan"], "--learning-rate is nan; allowed: above 0"),
+        (["--max-grad-norm", "-1"], "--max-grad-norm is -1.0; allowed: 0 or more"),
+        (["--objective", "ppo"], "allowed: one of kto, apo_zero_unpaired, sft"),
+        (["--target-modules", "q_proj,embed"], "--target-modules is ('q_proj', 'embed')"),
+        (["--activation-memory", "2 potatoes"], "a number in GiB"),
+        (["--activation-memory", "0"], "a number in GiB"),
+        (["--beta"], "--beta needs a value"),
+        (["--beta", "--no-train"], "--beta needs a value"),
+        (["--no-train=maybe"], "allowed: true or false"),
+        (["--config", "/does/not/exist.yaml"], "/does/not/exist.yaml"),
+    ],
+)
+def test_bad_values_are_named(argv, named, capsys: pytest.CaptureFixture[str]) -> None:
+    assert named in usage_error(capsys, argv)
+
+
+def test_unknown_environment_variable(capsys: pytest.CaptureFixture[str]) -> None:
+    message = usage_error(capsys, [], {"ALCHEMIST_LORA_RNK": "3"})
+    assert "ALCHEMIST_LORA_RNK; did you mean ALCHEMIST_LORA_RANK?" in message
+    parse([], {"ALCHEMIST_RUN": "/tmp/run.json"})
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("beta_: 1", "beta_; did you mean beta?"),
+        ("- a\n- b", "must hold a mapping"),
+        ("a: [", "expected"),
+        ("sglang: 3", "sglang must be a mapping"),
+        ("lora-rank: true", "--lora-rank is True; allowed: a whole number"),
+        ("sglang: {prot: 1}", "prot; did you mean port?"),
+        ("sglang: {disable-radix-cache: 3}", "allowed: true or false"),
+    ],
+)
+def test_bad_files_are_named(text, named, tmp_path: Path, capsys) -> None:
+    file = tmp_path / "a.yaml"
+    file.write_text(text)
+    assert named in usage_error(capsys, ["--config", str(file)])
+
+
+def test_sglang_flags_pass_through_as_they_came() -> None:
+    argv = ["--port", "3", "--beta", "0.5", "--disable-radix-cache", "--model-path=m", "--tp", "1"]
+    config, rest = parse(argv, {})
+    assert config.beta == 0.5
+    assert rest == ["--port", "3", "--disable-radix-cache", "--model-path=m", "--tp", "1"]
+
+
+def test_sglang_mapping_of_the_file_comes_first_and_loses(tmp_path: Path) -> None:
+    file = tmp_path / "a.yaml"
+    file.write_text(
+        "sglang:\n  port: 1\n  tp-size: 1\n  disable-radix-cache: false\n"
+        "  enable_metrics: true\n  lora-paths: [a=b, c=d]\n"
+    )
+    _, rest = parse(["--config", str(file), "--port", "3"], {})
+    assert rest == [
+        *("--tp-size", "1", "--enable-metrics", "--lora-paths", "a=b", "c=d"),
+        *("--port", "3"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("argv", "named"),
+    [
+        (["--lora-rnk", "3"], "unknown flag --lora-rnk; did you mean --lora-rank?"),
+        (["--prot", "3"], "unknown flag --prot; did you mean --port?"),
+        (["--qqqqqqqqqqqqqqqqqqqqqqqqqqq"], "unknown flag --qqqqqqqqqqqqqqqqqqqqqqqqqqq\n"),
+        (["--mem-fractoin", "1"], "did you mean --mem-fraction-static?"),
+        (["--port", "x"], "--port: invalid int value: 'x'"),
+        (["serve"], "unrecognized arguments: serve"),
+    ],
+)
+def test_unknown_flags_suggest(argv, named, capsys: pytest.CaptureFixture[str]) -> None:
+    assert named in usage_error(capsys, argv)
+
+
+def test_help_lists_every_option_with_its_default(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        parse(["--help"], {})
+    assert caught.value.code == 0
+    text = capsys.readouterr().out
+    for option in config_module._OPTIONS:
+        assert f"\n  {option}" in text
+    assert text.count("(default") + text.count("default:") >= len(dataclasses.fields(Config))
+    assert "--help-all" in text
+    assert "--model-path MODEL_PATH" not in text
+
+
+def test_help_all_adds_sglang(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse(["--help-all"], {})
+    text = capsys.readouterr().out
+    assert text.index("--lora-rank N") < text.index("--mem-fraction-static")
+
+
+def test_json_round_trip() -> None:
+    config = Config(lora_rank=4, target_modules=("v_proj", "q_proj"), beta=0.25)
+    assert config.target_modules == ("q_proj", "v_proj")
+    assert Config.from_json(config.to_json()) == config
+
+
+@pytest.mark.parametrize("text", ['{"beta": "x"}', '{"nothing": 1}', '{"lora_rank": 0}', "[]", "{"])
+def test_json_is_strict(text: str) -> None:
+    with pytest.raises(ValueError):  # noqa: PT011 - the kinds differ, all are ValueError
+        Config.from_json(text)
