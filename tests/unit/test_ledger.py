@@ -1,0 +1,362 @@
+"""The ledger: votes, steps, versions, recovery; always on a real SQLite file; see also test_store.py."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from alchemist.server import ledger as ledger_module
+from alchemist.server.errors import Conflict, InvalidRequest, LedgerError, NotFound
+from alchemist.server.ledger import Ledger
+from alchemist.server.records import Completion, Vote
+
+
+@pytest.fixture
+def ledger(tmp_path: Path) -> Iterator[Ledger]:
+    opened = Ledger(tmp_path / "data" / "ledger.sqlite3")
+    yield opened
+    opened.close()
+
+
+def completion(rid: str = "c1", **changes) -> Completion:
+    fields = {
+        "id": rid,
+        "version": 0,
+        "prompt_ids": [1, 2, 3],
+        "response_ids": [4, 5],
+        "response_logprobs": [-0.5, -0.25],
+        "sampling": {"temperature": 0.5},
+        "finish_reason": "stop",
+    }
+    return Completion(**{**fields, **changes})
+
+
+def vote(ledger: Ledger, rid: str = "c1", rating: int = 1, **changes):
+    return ledger.put_feedback(Vote(completion_id=rid, rating=rating, **changes)).result()
+
+
+def add_voted(ledger: Ledger, count: int) -> list[str]:
+    for number in range(count):
+        ledger.add_completion(completion(f"c{number}"))
+    return [vote(ledger, f"c{number}")[0].id for number in range(count)]
+
+
+def commit(ledger: Ledger, version: int, trained: list[str], parent: int | None = None, **changes):
+    directory = ledger.directory / "versions" / f"v{version}"
+    directory.mkdir(parents=True)
+    return ledger.commit_step(
+        parent=version - 1 if parent is None else parent,
+        version=version,
+        step=version,
+        path=directory,
+        metrics={"loss": 0.5, "tokens_reused": 7},
+        trained=trained,
+        **changes,
+    ).result()
+
+
+def test_completion_round_trip(ledger: Ledger) -> None:
+    given = completion(created=12.5, extra_key="k", sampling={"odd": {1}, "stop": ["a"]})
+    ledger.add_completion(given).result()
+    got = ledger.get_completion("c1").result()
+    assert got.sampling["stop"] == ["a"]
+    assert (got.prompt_ids, got.response_ids) == ([1, 2, 3], [4, 5])
+    assert got.response_logprobs == [-0.5, -0.25]
+    assert (got.created, got.extra_key, got.state) == (12.5, "k", "done")
+    with pytest.raises(NotFound, match="'nope'"):
+        ledger.get_completion("nope").result()
+
+
+def test_vote_is_created_then_replaced(ledger: Ledger) -> None:
+    ledger.add_completion(completion())
+    first, is_new = vote(ledger, rating=1, user="ann", tags=["a"], metadata={"k": [1]})
+    assert is_new
+    assert (first.state, first.tags, first.metadata) == ("pending", ["a"], {"k": [1]})
+    second, is_new = vote(ledger, rating=-1, user="ann", correction="better")
+    assert not is_new
+    assert second.id == first.id
+    assert (second.rating, second.correction, second.tags) == (-1, "better", [])
+    assert ledger.get_feedback(first.id).result() == second
+    other, is_new = vote(ledger, rating=1, user="bob")
+    anonymous, is_new_too = vote(ledger, rating=1)
+    assert is_new
+    assert is_new_too
+    assert len({first.id, other.id, anonymous.id}) == 3
+    assert vote(ledger, rating=-1)[0].id == anonymous.id
+    assert ledger.count("pending").result() == 3
+
+
+def test_unknown_completion(ledger: Ledger) -> None:
+    with pytest.raises(NotFound) as caught:
+        vote(ledger, "nope")
+    assert (caught.value.param, caught.value.code) == ("completion_id", "completion_not_found")
+    assert ledger.count("pending").result() == 0
+
+
+def test_client_chosen_ids(ledger: Ledger) -> None:
+    add_voted(ledger, 2)
+    assert vote(ledger, "c0", user="u", id="mine")[0].id == "mine"
+    with pytest.raises(Conflict, match="another answer or user"):
+        vote(ledger, "c1", user="u", id="mine")
+    with pytest.raises(InvalidRequest) as caught:
+        vote(ledger, "c1", user="w", id="../../x")
+    assert caught.value.param == "id"
+
+
+def test_idempotency_key(ledger: Ledger) -> None:
+    ledger.add_completion(completion())
+    once = Vote(completion_id="c1", rating=1)
+    first = ledger.put_feedback(once, idempotency_key="k").result()
+    vote(ledger, rating=-1)
+    assert ledger.put_feedback(once, idempotency_key="k").result() == first
+    assert ledger.get_feedback(first[0].id).result().rating == -1
+    with pytest.raises(InvalidRequest, match="Idempotency-Key"):
+        ledger.put_feedback(Vote(completion_id="c1", rating=-1), idempotency_key="k").result()
+
+
+def test_feedback_on_a_streaming_completion_waits(ledger: Ledger) -> None:
+    ledger.mark_streaming("c1")
+    early, _ = vote(ledger)
+    assert early.state == "waiting"
+    assert ledger.next_batch(10).result() == []
+    ledger.add_completion(completion())
+    item = ledger.next_batch(10).result()[0]
+    assert item.feedback_id == early.id
+    assert item.completion.response_ids == [4, 5]
+    ledger.mark_streaming("c2")
+    late, _ = vote(ledger, "c2")
+    assert ledger.drop_completion("c2", "aborted before the first token").result() == 1
+    failed = ledger.get_feedback(late.id).result()
+    assert (failed.state, failed.reason) == ("failed", "aborted before the first token")
+    with pytest.raises(NotFound):
+        vote(ledger, "c3")
+
+
+def test_votes_of_an_unfinished_answer_fail_at_restart(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.sqlite3"
+    first = Ledger(path)
+    first.mark_streaming("c1")
+    feedback, _ = vote(first)
+    first.close()
+    second = Ledger(path)
+    found = second.recover().result()
+    assert (found.num_failed_feedback, found.live, found.staged) == (1, 0, None)
+    again = second.get_feedback(feedback.id).result()
+    assert again.state == "failed"
+    assert "never finished" in (again.reason or "")
+    second.close()
+
+
+def test_a_reused_request_id_does_not_change_what_was_voted_on(ledger: Ledger) -> None:
+    ledger.add_completion(completion())
+    ledger.add_completion(completion(response_ids=[6]))
+    assert ledger.next_batch(1).result() == []
+    assert ledger.get_completion("c1").result().response_ids == [6]
+    vote(ledger)
+    ledger.add_completion(completion(response_ids=[7, 8, 9])).result()
+    assert ledger.get_completion("c1").result().response_ids == [6]
+
+
+def test_list_pages_and_filters(ledger: Ledger) -> None:
+    ids = add_voted(ledger, 5)
+    newest, has_more = ledger.list_feedback(limit=2).result()
+    assert [f.id for f in newest] == ids[:-3:-1]
+    assert has_more
+    rest, has_more = ledger.list_feedback(limit=3, after=newest[-1].id).result()
+    assert [f.id for f in rest] == ids[2::-1]
+    assert not has_more
+    oldest, _ = ledger.list_feedback(limit=2, is_ascending=True, after=ids[0]).result()
+    assert [f.id for f in oldest] == ids[1:3]
+    mine, _ = ledger.list_feedback(completion_id="c3", state="pending").result()
+    assert [f.id for f in mine] == [ids[3]]
+    assert ledger.list_feedback(user="nobody").result() == ([], False)
+    with pytest.raises(NotFound, match="list after"):
+        ledger.list_feedback(after="nope").result()
+
+
+def test_delete(ledger: Ledger) -> None:
+    (first,) = add_voted(ledger, 1)
+    assert ledger.delete_feedback(first).result().id == first
+    with pytest.raises(NotFound):
+        ledger.get_feedback(first).result()
+    with pytest.raises(NotFound):
+        ledger.delete_feedback(first).result()
+
+
+def test_a_step_consumes_its_votes_once(ledger: Ledger) -> None:
+    ids = add_voted(ledger, 4)
+    batch = ledger.next_batch(3).result()
+    assert [item.feedback_id for item in batch] == ids[:3]
+    assert batch[0].label
+    commit(ledger, 1, ids[:2], failed={ids[2]: "too long"})
+    assert [ledger.get_feedback(i).result().state for i in ids] == [
+        *("trained", "trained", "failed", "pending")
+    ]
+    trained = ledger.get_feedback(ids[0]).result()
+    assert (trained.step, trained.version) == (1, 1)
+    version = ledger.get_version(1).result()
+    assert (version.state, version.parent, version.feedback_ids) == ("staged", 0, ids[:2])
+    step = ledger.last_step().result()
+    assert step is not None
+    assert step.metrics["loss"] == 0.5
+    for change in (lambda: vote(ledger, "c0"), lambda: ledger.delete_feedback(ids[0]).result()):
+        with pytest.raises(Conflict, match="part of version v1") as caught:
+            change()
+        assert caught.value.code == "feedback_consumed"
+
+
+@pytest.mark.parametrize("wrong", ["consumed vote", "unknown vote", "version", "step", "parent"])
+def test_a_wrong_step_changes_nothing(ledger: Ledger, wrong: str) -> None:
+    ids = add_voted(ledger, 3)
+    commit(ledger, 1, ids[:1])
+    trained = {"consumed vote": ids[:2][::-1], "unknown vote": [ids[1], "nope"]}.get(wrong, ids[1:])
+    answer = ledger.commit_step(
+        parent=9 if wrong == "parent" else 1,
+        version=1 if wrong == "version" else 2,
+        step=1 if wrong == "step" else 2,
+        path="x",
+        metrics={},
+        trained=trained,
+    )
+    with pytest.raises(LedgerError):
+        answer.result()
+    assert ledger.count("pending").result() == 2
+    assert ledger.count("trained").result() == 1
+    assert len(ledger.versions().result()) == 2
+    assert len(ledger.steps().result()) == 1
+
+
+def test_a_vote_in_training_cannot_be_changed_until_released(ledger: Ledger) -> None:
+    ids = add_voted(ledger, 2)
+    ledger.next_batch(1).result()
+    with pytest.raises(Conflict, match="is being trained") as caught:
+        vote(ledger, "c0", rating=-1)
+    assert caught.value.code == "feedback_consumed"
+    vote(ledger, "c1", rating=-1)
+    ledger.release_batch().result()
+    assert vote(ledger, "c0", rating=-1)[0].id == ids[0]
+    assert [item.label for item in ledger.next_batch(5).result()] == [False, False]
+
+
+def test_the_same_batch_is_handed_out_again_until_committed(ledger: Ledger) -> None:
+    ids = add_voted(ledger, 3)
+    for _ in range(2):
+        assert [item.feedback_id for item in ledger.next_batch(2).result()] == ids[:2]
+    commit(ledger, 1, ids[:2])
+    assert [item.feedback_id for item in ledger.next_batch(2).result()] == ids[2:]
+
+
+def test_exactly_one_version_is_live(ledger: Ledger) -> None:
+    ids = add_voted(ledger, 3)
+    for version in (1, 2, 3):
+        commit(ledger, version, [ids[version - 1]])
+        ledger.set_version_state(version, "live").result()
+        assert ledger.live_version().result() == version
+    states = {v.version: v.state for v in ledger.versions().result()}
+    assert states == {0: "retired", 1: "retired", 2: "retired", 3: "live"}
+    assert ledger.rollback_target().result() == 2
+    ledger.set_version_state(2, "live").result()
+    assert ledger.rollback_target().result() == 1
+    ledger.set_version_state(0, "live").result()
+    assert ledger.rollback_target().result() is None
+    with pytest.raises(Conflict):
+        ledger.set_version_state(0, "retired").result()
+    with pytest.raises(NotFound):
+        ledger.set_version_state(9, "live").result()
+    assert ledger.live_version().result() == 0
+
+
+def test_a_failed_version_can_give_its_votes_back(ledger: Ledger) -> None:
+    ids = add_voted(ledger, 2)
+    commit(ledger, 1, ids)
+    ledger.set_version_state(1, "failed", "probe differs", requeue=True).result()
+    assert ledger.count("pending").result() == 2
+    assert ledger.live_version().result() == 0
+    with pytest.raises(Conflict, match="failed"):
+        ledger.set_version_state(1, "live").result()
+    commit(ledger, 2, ids, parent=0)
+    assert ledger.get_feedback(ids[0]).result().version == 2
+
+
+def test_pruned_versions_cannot_go_live(ledger: Ledger) -> None:
+    ids = add_voted(ledger, 4)
+    for version in (1, 2, 3, 4):
+        commit(ledger, version, [ids[version - 1]])
+        ledger.set_version_state(version, "live").result()
+    paths = ledger.prune_versions(1).result()
+    assert [Path(p).name for p in paths] == ["v1", "v2"]
+    assert ledger.prune_versions(1).result() == []
+    with pytest.raises(Conflict, match="no longer kept"):
+        ledger.set_version_state(1, "live").result()
+    ledger.set_version_state(3, "live").result()
+    assert ledger.rollback_target().result() == 0
+
+
+def test_recovery_of_versions(tmp_path: Path) -> None:
+    path = tmp_path / "data" / "ledger.sqlite3"
+    first = Ledger(path)
+    ids = add_voted(first, 4)
+    commit(first, 1, [ids[0]])
+    first.set_version_state(1, "live").result()
+    for version in (2, 3, 4):
+        commit(first, version, [ids[version - 1]])
+    (first.directory / "versions" / "v4").rmdir()
+    first.close()
+    second = Ledger(path)
+    found = second.recover().result()
+    assert (found.live, found.staged) == (1, 3)
+    assert [Path(p).name for p in found.directories] == ["v3", "v2", "v1"]
+    states = {v.version: v.state for v in second.versions().result()}
+    assert states == {0: "retired", 1: "live", 2: "retired", 3: "staged", 4: "failed"}
+    (second.directory / "versions" / "v1").rmdir()
+    assert second.recover().result().live == 2
+    second.close()
+
+
+def test_a_moved_data_directory_keeps_its_versions(tmp_path: Path) -> None:
+    first = Ledger(tmp_path / "a" / "ledger.sqlite3")
+    commit(first, 1, add_voted(first, 1))
+    first.close()
+    (tmp_path / "a").rename(tmp_path / "b")
+    second = Ledger(tmp_path / "b" / "ledger.sqlite3")
+    assert second.get_version(1).result().path == str(tmp_path / "b" / "versions" / "v1")
+    assert second.recover().result().staged == 1
+    second.close()
+
+
+def test_settings_and_metrics(ledger: Ledger) -> None:
+    assert ledger.get_setting("paused", False).result() is False
+    ledger.set_setting("paused", True).result()
+    assert ledger.get_setting("paused").result() is True
+    ids = add_voted(ledger, 2)
+    assert ledger.sum_metric("tokens_reused").result() == 0
+    commit(ledger, 1, ids[:1])
+    commit(ledger, 2, ids[1:])
+    assert ledger.sum_metric("tokens_reused").result() == 14
+
+
+def test_pending_since_is_the_oldest(tmp_path: Path) -> None:
+    clock = iter(range(1000, 2000))
+    ledger = Ledger(tmp_path / "l.sqlite3", now=lambda: float(next(clock)))
+    assert ledger.pending_since().result() is None
+    ids = add_voted(ledger, 2)
+    oldest = ledger.get_feedback(ids[0]).result().created
+    assert ledger.pending_since().result() == oldest
+    ledger.close()
+
+
+def test_old_completions_without_votes_are_pruned(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(ledger_module, "_PRUNE_EVERY", 10)
+    ledger = Ledger(tmp_path / "l.sqlite3", keep_completions=5)
+    ledger.add_completion(completion("voted"))
+    vote(ledger, "voted")
+    for number in range(29):
+        ledger.add_completion(completion(f"c{number}"))
+    ledger.add_completion(completion("last")).result()
+    assert ledger.get_completion("voted").result().id == "voted"
+    assert ledger.get_completion("c28").result().id == "c28"
+    with pytest.raises(NotFound):
+        ledger.get_completion("c3").result()
+    ledger.close()
