@@ -1,0 +1,68 @@
+"""LM head and log-probability of given tokens, a chunk of tokens at a time.
+
+    logp[p] = log_softmax(h[row p] Wᵀ)[target p]
+
+No [tokens, vocabulary] tensor outlives its chunk. The gradient needs no second pass over the
+vocabulary: it is linear in d logp, d h = Σ_p d logp_p · (W[target_p] − Σ_v softmax_v W_v), so the
+forward keeps the expected row Σ_v softmax_v W_v, [T, D].
+
+Shapes: T tokens, D hidden, V vocabulary, P (token, target) pairs; one token may have several
+    targets.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+CHUNK_BYTES = 32 << 20
+
+
+class LinearLogprob(NamedTuple):
+    """Log-probabilities and what their gradient needs."""
+
+    logps: Tensor
+    """[P] float32 (float64 inputs: float64)."""
+    expected: Tensor | None
+    """[T, D] Σ_v softmax_v W_v; None when no gradient was asked for."""
+
+
+def linear_logprob(
+    h_TD: Tensor, weight_VD: Tensor, rows_P: Tensor, targets_P: Tensor, *, gradient: bool
+) -> LinearLogprob:
+    """Log-probabilities of `targets_P` after the tokens `rows_P` (int64, `rows_P` ascending).
+
+    `weight_VD` ends at the vocabulary: pass a slice when the table is padded. Softmax in float32 at
+    least.
+    """
+    wide = torch.float64 if h_TD.dtype == torch.float64 else torch.float32
+    logps = torch.empty(rows_P.shape, dtype=wide, device=h_TD.device)
+    expected = torch.empty_like(h_TD) if gradient else None
+    size = max(1, CHUNK_BYTES // (weight_VD.shape[0] * wide.itemsize))
+    bounds = torch.arange(0, h_TD.shape[0] + size, size, device=rows_P.device)
+    cuts = torch.searchsorted(rows_P, bounds).tolist()
+    for i, start in enumerate(range(0, h_TD.shape[0], size)):
+        logits = (h_TD[start : start + size] @ weight_VD.T).to(wide)
+        pairs = slice(cuts[i], cuts[i + 1])
+        logsumexp = torch.logsumexp(logits, dim=-1, keepdim=True)
+        rows = rows_P[pairs] - start
+        logps[pairs] = logits[rows, targets_P[pairs]] - logsumexp[rows, 0]
+        if expected is not None:
+            probabilities = logits.sub_(logsumexp).exp_()
+            expected[start : start + size] = probabilities.to(weight_VD.dtype) @ weight_VD
+    return LinearLogprob(logps, expected)
+
+
+def linear_logprob_backward(
+    result: LinearLogprob, weight_VD: Tensor, rows_P: Tensor, targets_P: Tensor, d_logps_P: Tensor
+) -> Tensor:
+    """d h [T, D] for the gradient `d_logps_P` of the log-probabilities."""
+    assert result.expected is not None
+    wide = d_logps_P.dtype
+    total = torch.zeros(result.expected.shape[0], dtype=wide, device=d_logps_P.device)
+    total.index_add_(0, rows_P, d_logps_P)
+    d_h = result.expected.to(wide) * -total[:, None]
+    d_h.index_add_(0, rows_P, weight_VD[targets_P].to(wide) * d_logps_P[:, None])
+    return d_h.to(result.expected.dtype)

@@ -1,0 +1,143 @@
+"""Linear layer with LoRA whose output may be recorded.
+
+    y = x Wᵀ + bias + s · (x Aᵀ) Bᵀ        for every LoRA part's rows of W
+
+With recorded outputs the forward returns them and does no arithmetic; the backward is the ordinary
+one. `x Aᵀ` is recomputed there: it costs a rank's worth of the layer. Base weights get no gradient.
+
+Shapes: T tokens, D inputs, E outputs, R rank.  Source: LoRA, arXiv 2106.09685.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class LoraPart(NamedTuple):
+    """An adapter on rows [start, end) of a fused weight. `a` is [R, D], `b` is [end − start, R].
+
+    `b_is_zero` promises that `b` holds only zeros (a fresh adapter): the gradient of `a` is then
+    exactly zero and the adapter adds nothing to the gradient of `x`, so neither is computed.
+    """
+
+    start: int
+    end: int
+    a: Tensor
+    b: Tensor
+    b_is_zero: bool = False
+
+
+def replay_linear(
+    x_TD: Tensor,
+    weight_ED: Tensor,
+    bias_E: Tensor | None,
+    parts: Sequence[LoraPart],
+    scaling: float,
+    splits: Sequence[int] | None = None,
+    recorded: Sequence[Tensor] | None = None,
+) -> tuple[Tensor, ...]:
+    """The outputs, one per entry of `splits` (widths that add up to E; default: one output).
+
+    Args:
+        parts: adapters; each lies inside one split. Their `a` and `b` receive gradients if they
+            require them.
+        recorded: the outputs' values, returned as they are (borrowed, not copied). A value that no
+            later
+            backward reads may be a placeholder (`unread`).
+    """
+    splits = tuple(splits or (weight_ED.shape[0],))
+    meta = _Meta(splits, tuple((p.start, p.end, p.b_is_zero) for p in parts), scaling)
+    tensors = [t for p in parts for t in (p.a, p.b)]
+    outputs: tuple[Tensor, ...] = _ReplayLinear.apply(
+        x_TD, weight_ED, bias_E, meta, tuple(recorded) if recorded is not None else None, *tensors
+    )
+    return outputs
+
+
+def unread(shape: Sequence[int], like: Tensor) -> Tensor:
+    """A value of `shape` that nobody may read: NaN, one element of memory."""
+    return torch.full((1,), float("nan"), dtype=like.dtype, device=like.device).expand(*shape)
+
+
+class _Meta(NamedTuple):
+    splits: tuple[int, ...]
+    ranges: tuple[tuple[int, int, bool], ...]
+    scaling: float
+
+
+class _ReplayLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        meta: _Meta,
+        recorded: tuple[Tensor, ...] | None,
+        *lora: Tensor,
+    ) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(x, weight, *lora)
+        ctx.meta = meta
+        ctx.set_materialize_grads(False)
+        if recorded is not None:
+            return tuple(value.detach() for value in recorded)
+        y = torch.nn.functional.linear(x, weight, bias)
+        for (start, end, is_zero), a, b in zip(meta.ranges, lora[::2], lora[1::2], strict=True):
+            if not is_zero:
+                y[:, start:end].addmm_(x @ a.T, b.T, alpha=meta.scaling)
+        return y.split(meta.splits, dim=-1) if len(meta.splits) > 1 else (y,)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        x, weight, *lora = ctx.saved_tensors
+        meta: _Meta = ctx.meta
+        starts = [sum(meta.splits[:i]) for i in range(len(meta.splits))]
+        needs_x, needs_lora = ctx.needs_input_grad[0], ctx.needs_input_grad[5:]
+
+        dx = None
+        if needs_x:
+            for dy, start, width in zip(grads, starts, meta.splits, strict=True):
+                if dy is None:
+                    continue
+                rows = weight[start : start + width]
+                dx = dy @ rows if dx is None else dx.addmm_(dy, rows)
+
+        dlora: list[Tensor | None] = [None] * len(lora)
+        wanted = []
+        for i, (start, end, is_zero) in enumerate(meta.ranges):
+            split = max(j for j, s in enumerate(starts) if s <= start)
+            dy = grads[split]
+            if dy is not None and (needs_x or needs_lora[2 * i] or needs_lora[2 * i + 1]):
+                wanted.append((i, dy[:, start - starts[split] : end - starts[split]], is_zero))
+        if not wanted:
+            return (dx, None, None, None, None, *dlora)
+
+        # All adapters of one input share two thin products: x Aᵀ for dB, (dy B)ᵀ x for dA.
+        if any(needs_lora[2 * i + 1] for i, _, _ in wanted):
+            x_a = x @ torch.cat([lora[2 * i] for i, _, _ in wanted]).T
+            offset = 0
+            for i, dy, _ in wanted:
+                rank = lora[2 * i].shape[0]
+                part = x_a[:, offset : offset + rank]
+                dlora[2 * i + 1] = (dy.T @ part).mul_(meta.scaling)
+                offset += rank
+        for i, _, is_zero in wanted:
+            if is_zero and needs_lora[2 * i]:
+                dlora[2 * i] = torch.zeros_like(lora[2 * i])
+        live = [(i, dy) for i, dy, is_zero in wanted if not is_zero]
+        if live:
+            d_xa = torch.cat([dy @ lora[2 * i + 1] for i, dy in live], dim=1).mul_(meta.scaling)
+            if dx is not None:
+                dx.addmm_(d_xa, torch.cat([lora[2 * i] for i, _ in live]))
+            if any(needs_lora[2 * i] for i, _ in live):
+                da = d_xa.T @ x
+                offset = 0
+                for i, _ in live:
+                    rank = lora[2 * i].shape[0]
+                    dlora[2 * i] = da[offset : offset + rank]
+                    offset += rank
+        return (dx, None, None, None, None, *dlora)

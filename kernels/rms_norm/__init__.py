@@ -1,0 +1,90 @@
+"""RMSNorm, alone and fused with the residual addition before it.
+
+    s = x + addend          (or s = x)
+    n = s / sqrt(mean(s²) + eps) · w
+
+Statistics in float32 (float64 inputs: float64), rounded to the input's dtype before the weight, as
+Llama, Qwen2 and Qwen3 define it. The norm's output is never recorded: it is elementwise, and
+recomputed. `s` may be recorded.
+
+Shapes: T tokens (any leading shape), D normalised width.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    """Normalise the last dimension. The weight gets no gradient."""
+    _, normed = _AddRmsNorm.apply(x_TD, None, weight_D, eps, None)
+    return normed
+
+
+def add_rms_norm(
+    x_TD: Tensor,
+    addend_TD: Tensor | None,
+    weight_D: Tensor,
+    eps: float,
+    recorded: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """(residual sum, its norm). The two gradients that reach the sum are added in one pass.
+
+    Args:
+        addend_TD: added to `x_TD`; None: nothing is.
+        recorded: the sum's value [T, D]; then neither summand is read.
+    """
+    summed, normed = _AddRmsNorm.apply(x_TD, addend_TD, weight_D, eps, recorded)
+    return summed, normed
+
+
+def _reciprocal_std(x: Tensor, eps: float) -> Tensor:
+    x = x if x.dtype == torch.float64 else x.float()
+    return (
+        torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        .square_()
+        .div_(x.shape[-1])
+        .add_(eps)
+        .rsqrt_()
+    )
+
+
+class _AddRmsNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        addend: Tensor | None,
+        weight: Tensor,
+        eps: float,
+        recorded: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        if recorded is None:
+            recorded = x if addend is None else x + addend
+        summed = recorded.detach()
+        rstd = _reciprocal_std(summed, eps)
+        normed = (summed * rstd).to(summed.dtype).mul_(weight)
+        ctx.save_for_backward(summed, rstd, weight)
+        ctx.has_addend = addend is not None
+        ctx.set_materialize_grads(False)
+        return summed, normed
+
+    @staticmethod
+    def backward(
+        ctx: Any, d_sum: Tensor | None, d_normed: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        summed, rstd, weight = ctx.saved_tensors
+        dx = d_sum
+        if d_normed is not None:
+            # d/ds = rstd · (g − s · mean(g·s) · rstd²) with g = dn · w
+            g = d_normed.to(rstd.dtype) * weight
+            mean = (
+                torch.linalg.vecdot(g, summed.to(rstd.dtype)).unsqueeze(-1).div_(summed.shape[-1])
+            )
+            g.addcmul_(summed, mean.mul_(rstd.square()), value=-1).mul_(rstd)
+            g = g.to(summed.dtype)
+            dx = g if d_sum is None else g.add_(d_sum)
+        return dx, dx if ctx.has_addend else None, None, None, None

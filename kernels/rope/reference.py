@@ -1,0 +1,12 @@
+"""Plain torch: the formula, for autograd."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def rope(x_TND: Tensor, cos_TF: Tensor, sin_TF: Tensor) -> Tensor:
+    x1, x2 = x_TND.chunk(2, dim=-1)
+    cos, sin = cos_TF.unsqueeze(-2), sin_TF.unsqueeze(-2)
+    return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin], dim=-1)

@@ -1,0 +1,248 @@
+"""Small random models and the naive gradient that the engine is compared with.
+
+The naive gradient lays every completion out by itself, runs transformers + peft, and uses nothing but autograd.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import peft
+import torch
+import transformers
+from torch import Tensor
+
+from alchemist.trainer.families import ModelShape
+from alchemist.trainer.lora import LoraAdapter, LoraConfig
+from alchemist.trainer.rows import ActivationView, Recorded
+from alchemist.trainer.step import Objective, ReplayEngine, VersionGroup
+from alchemist.trainer.weights import BaseWeights, fused_from_hf
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+VOCAB = 61
+
+
+def random_model(family: str, dtype: torch.dtype = torch.float32, seed: int = 0, **changes: Any):
+    """A tiny transformers model with every parameter random, biases and norm weights too."""
+    config = {
+        "vocab_size": VOCAB,
+        "hidden_size": 24,
+        "intermediate_size": 40,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+        "tie_word_embeddings": family in ("qwen2", "qwen3"),
+        "attn_implementation": "sdpa",
+        "pad_token_id": None,
+    }
+    config |= {
+        "llama": {"attention_bias": True, "mlp_bias": True},
+        "mistral": {"sliding_window": None, "head_dim": 8},
+        "qwen2": {},
+        "qwen3": {"head_dim": 10},
+    }[family]
+    name = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}[family]
+    config_class = getattr(transformers, f"{name}Config")
+    model_class = getattr(transformers, f"{name}ForCausalLM")
+    torch.manual_seed(seed)
+    model = model_class(config_class(**(config | changes)))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            scale = 0.3 if parameter.dim() == 2 else 0.2
+            parameter.copy_(torch.randn(parameter.shape) * scale + (parameter.dim() == 1))
+    model.requires_grad_(False)
+    if dtype == torch.float64:
+        _norms_in_float64(model)
+    return model.to(dtype).eval()
+
+
+def _norms_in_float64(model: Any) -> None:
+    """transformers' RMSNorm goes through float32 whatever the dtype; for a float64 comparison it must not."""
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        return (
+            self.weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+        )
+
+    for module in model.modules():
+        if type(module).__name__.endswith("RMSNorm"):
+            module.forward = forward.__get__(module)
+
+
+def engine_of(model: Any, **options: Any) -> ReplayEngine:
+    shape = ModelShape.from_config(model.config)
+    return ReplayEngine(BaseWeights(fused_from_hf(model), shape), shape, **options)
+
+
+def random_adapter(
+    shape: ModelShape, dtype: torch.dtype, seed: int, config: LoraConfig | None = None
+) -> LoraAdapter:
+    """A trained-looking adapter: B is not zero."""
+    adapter = LoraAdapter.init(shape, config or LoraConfig(rank=3, alpha=5.0), seed)
+    generator = torch.Generator().manual_seed(seed + 1)
+    for name, tensor in adapter.weights.items():
+        if ".lora_B." in name:
+            tensor.copy_(torch.randn(tensor.shape, generator=generator) * 0.3)
+    return adapter.as_served(dtype)
+
+
+def with_peft(model: Any, adapter: LoraAdapter) -> Any:
+    """The model with the adapter as trainable peft parameters. Undo with `.unload()`."""
+    config = adapter.config
+    adapted = peft.get_peft_model(
+        model,
+        peft.LoraConfig(
+            r=config.rank,
+            lora_alpha=config.alpha,
+            target_modules=list(config.target_modules),
+            use_rslora=config.use_rslora,
+            task_type="CAUSAL_LM",
+        ),
+        autocast_adapter_dtype=False,
+    )
+    dtype = next(iter(adapter.weights.values())).dtype
+    for name, parameter in adapted.named_parameters():
+        if ".lora_" in name:
+            parameter.data = adapter.weights[name.replace(".default", "")].clone().to(dtype)
+            parameter.requires_grad_()
+    return adapted.eval()
+
+
+def naive_logps(model: Any, prompt: Sequence[int], response: Sequence[int]) -> Tensor:
+    ids = torch.tensor([[*prompt, *response]])
+    logits = model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1]
+    return logits.log_softmax(-1)[torch.arange(len(response)), torch.tensor(list(response))]
+
+
+def naive_step(
+    model: Any, groups: Sequence[VersionGroup], objective: Objective
+) -> tuple[float, dict[str, Tensor], float]:
+    """(loss, gradient by PEFT name, kl), one completion at a time, formulas written out again."""
+    samples = [s for group in groups for s in group.samples]
+    responses = [s.response_ids for s in samples]
+    kl_of, index = [], 0
+    with torch.no_grad():
+        for group in groups:
+            adapted = with_peft(model, group.adapter)
+            for sample in group.samples:
+                other = responses[index - 1]
+                index += 1
+                ratio = naive_logps(adapted, sample.prompt_ids, other).sum()
+                with adapted.disable_adapter():
+                    ratio = ratio - naive_logps(adapted, sample.prompt_ids, other).sum()
+                kl_of.append(ratio)
+            adapted.unload()
+    kl = torch.stack(kl_of).mean().clamp(min=0)
+    if objective.name != "kto" or objective.reference == "served":
+        kl = torch.zeros(())
+    num_tokens = sum(len(s.response_ids) for s in samples if s.label)
+    total, grads = 0.0, {}
+    for group in groups:
+        adapted = with_peft(model, group.adapter)
+        for sample in group.samples:
+            if objective.name == "sft" and not sample.label:
+                continue
+            logp = naive_logps(adapted, sample.prompt_ids, sample.response_ids).sum()
+            with (
+                torch.no_grad(),
+                adapted.disable_adapter() if objective.reference == "base" else nullcontext(),
+            ):
+                base = naive_logps(adapted, sample.prompt_ids, sample.response_ids).sum()
+            beta = objective.beta
+            if objective.name == "sft":
+                loss = -logp / num_tokens
+            elif sample.label:
+                loss = objective.desirable_weight * (1 - torch.sigmoid(beta * (logp - base - kl)))
+            else:
+                loss = objective.undesirable_weight * (1 - torch.sigmoid(beta * (kl - logp + base)))
+            loss = sample.weight * loss / (1 if objective.name == "sft" else len(samples))
+            loss.backward()
+            total += float(loss)
+        for name, parameter in adapted.named_parameters():
+            if parameter.grad is not None:
+                name = name.replace(".default", "")
+                grads[name] = grads.get(name, 0) + parameter.grad
+        adapted.unload()
+    return total, grads, float(kl)
+
+
+class Recorder:
+    """Fills an `ActivationView` from transformers' own activations, at shuffled rows and slots."""
+
+    def __init__(self, shape: ModelShape, dtype: torch.dtype, num_rows: int = 4096) -> None:
+        layout = shape.row_layout(dtype)
+        kv = (num_rows, shape.num_kv_heads, shape.head_dim)
+        nan = float("nan")
+
+        def buffers(*size: int) -> list[Tensor]:
+            return [torch.full(size, nan, dtype=dtype) for _ in range(shape.num_layers)]
+
+        self.shape, self.layout = shape, layout
+        self.pool, self.k, self.v = buffers(num_rows, layout.width), buffers(*kv), buffers(*kv)
+        self.row_gen = torch.randint(1, 1000, (num_rows,))
+        generator = torch.Generator().manual_seed(1)
+        self._free_rows = torch.randperm(num_rows, generator=generator)
+        self._free_slots = torch.randperm(num_rows, generator=generator)
+        self.view = ActivationView(layout, self.pool, self.k, self.v, self.row_gen)
+
+    def record(
+        self, model: Any, adapter: LoraAdapter, prompt: Sequence[int], mask: Tensor
+    ) -> Recorded:
+        """Run the prompt and store the rows of the tokens where `mask` is true."""
+        adapted = with_peft(model, adapter)
+        values = _activations(adapted, self.shape, prompt)
+        adapted.unload()
+        n = len(prompt)
+        rows, self._free_rows = self._free_rows[:n], self._free_rows[n:]
+        slots, self._free_slots = self._free_slots[:n], self._free_slots[n:]
+        for layer, found in enumerate(values):
+            for field, (start, width) in self.layout.fields.items():
+                self.pool[layer][rows[mask], start : start + width] = found[field][mask]
+            self.k[layer][slots[mask]] = found["keys"][mask]
+            self.v[layer][slots[mask]] = found["values"][mask]
+        missing = torch.full_like(rows, -1)
+        return Recorded(torch.where(mask, rows, missing), slots, self.row_gen[rows].clone())
+
+
+@torch.no_grad()
+def _activations(model: Any, shape: ModelShape, prompt: Sequence[int]) -> list[dict[str, Tensor]]:
+    found: list[dict[str, Tensor]] = [{} for _ in range(shape.num_layers)]
+    handles = []
+
+    def keep(layer: int, name: str, module: Any, is_input: bool) -> None:
+        def hook(_: Any, args: tuple[Tensor, ...], output: Tensor) -> None:
+            found[layer][name] = (args[0] if is_input else output)[0].clone()
+
+        handles.append(module.register_forward_hook(hook))
+
+    for i, layer in enumerate(model.get_base_model().model.layers):
+        keep(i, "x", layer.input_layernorm, True)
+        keep(i, "q", layer.self_attn.q_proj, False)
+        keep(i, "k", layer.self_attn.k_proj, False)
+        keep(i, "values", layer.self_attn.v_proj, False)
+        keep(i, "attn", layer.self_attn.o_proj, True)
+        keep(i, "mid", layer.post_attention_layernorm, True)
+        keep(i, "gate", layer.mlp.gate_proj, False)
+        keep(i, "up", layer.mlp.up_proj, False)
+    cache = model(input_ids=torch.tensor([list(prompt)]), use_cache=True).past_key_values
+    for handle in handles:
+        handle.remove()
+    for i, values in enumerate(found):
+        values["gate_up"] = torch.cat([values["gate"], values["up"]], dim=-1)
+        values["keys"] = cache.layers[i].keys[0].transpose(0, 1)
+        values["values"] = values["values"].unflatten(-1, (shape.num_kv_heads, shape.head_dim))
+    return found
+
+
+def relative_error(ours: dict[str, Tensor], naive: dict[str, Tensor]) -> float:
+    """Largest error of any gradient tensor, relative to the whole gradient's largest element."""
+    scale = max(float(g.abs().max()) for g in naive.values())
+    assert scale > 0
+    worst = 0.0
+    for name, grad in ours.items():
+        expected = naive.get(name)
+        worst = max(worst, float((grad - expected if expected is not None else grad).abs().max()))
+    return worst / scale

@@ -1,0 +1,62 @@
+"""Losses of TRL on sequence log-probabilities: pure functions, no model.
+
+Names and definitions as in TRL's `KTOTrainer` and `SFTTrainer`:
+
+    kto                 1 − σ(β(r − kl)) desirable, 1 − σ(β(kl − r)) undesirable      r = log π − log π_ref
+    apo_zero_unpaired   1 − σ(β r) desirable, σ(β r) undesirable
+    sft                 −mean of the response tokens' log-probabilities
+
+Sources: KTO, arXiv 2402.01306; APO, arXiv 2408.06266.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def kto_losses(
+    logps: Tensor,
+    reference_logps: Tensor,
+    labels: Tensor,
+    kl: Tensor | float,
+    *,
+    beta: float,
+    desirable_weight: float = 1.0,
+    undesirable_weight: float = 1.0,
+) -> Tensor:
+    """[n] weighted losses. `logps`, `reference_logps` [n] sums over response tokens; `labels` [n]
+    bool.
+    """
+    margin = logps - reference_logps - kl
+    losses = 1 - torch.sigmoid(beta * torch.where(labels, margin, -margin))
+    return losses * torch.where(labels, desirable_weight, undesirable_weight)
+
+
+def apo_zero_unpaired_losses(
+    logps: Tensor,
+    reference_logps: Tensor,
+    labels: Tensor,
+    *,
+    beta: float,
+    desirable_weight: float = 1.0,
+    undesirable_weight: float = 1.0,
+) -> Tensor:
+    """[n] weighted losses, as `kto_losses` with kl = 0 (APO-zero's own form)."""
+    ratio = torch.sigmoid(beta * (logps - reference_logps))
+    losses = torch.where(labels, 1 - ratio, ratio)
+    return losses * torch.where(labels, desirable_weight, undesirable_weight)
+
+
+def kl_estimate(kl_logps: Tensor, reference_kl_logps: Tensor) -> Tensor:
+    """KTO's KL to the reference: the mean log-ratio of mismatched pairs, not below zero; detached,
+    a scalar.
+    """
+    return (kl_logps - reference_kl_logps).mean().detach().clamp(min=0)
+
+
+def rotate_completions(n: int) -> list[int]:
+    """Whose completion goes under prompt i in the KL estimate: the previous one's, the first takes
+    the last's.
+    """
+    return [(i - 1) % n for i in range(n)]

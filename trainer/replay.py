@@ -1,0 +1,365 @@
+"""Replay: a forward pass that computes only what was not recorded, and the backward pass over
+everything.
+
+Forward, layer by layer, without a graph: missing tokens only; their queries attend over recorded
+keys and values (KV pool) and their own. Backward, layer by layer from the last: fetch that layer's
+rows, rebuild the graph of the one layer function on recorded values, differentiate it, hand the
+hidden-state gradient down, release. At no time is more than one layer's graph in memory. `gate()`
+is called at every layer boundary in both directions and may block.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from alchemist.kernels.linear_logprob import (
+    LinearLogprob,
+    linear_logprob,
+    linear_logprob_backward,
+)
+from alchemist.kernels.path_attention import PathBlock, path_attention
+from alchemist.kernels.rms_norm import add_rms_norm, rms_norm
+
+from .batch import TokenBatch
+from .layer import LayerLora, LayerValues, decoder_layer, mlp_output
+from .lora import LoraAdapter
+from .rows import ActivationView
+from .weights import BaseWeights
+
+Gate = Callable[[], None]
+
+
+@dataclass
+class ForwardState:
+    """What a forward leaves for the loss and the backward of one batch."""
+
+    logps: list[Tensor]
+    """Per sequence [response tokens]."""
+    kept: list[LayerValues]
+    """Per layer, the values of the missing tokens that will be differentiated."""
+    head_hidden: Tensor
+    """[loss heads, H] last layer's output, before the final norm."""
+    pairs: tuple[Tensor, Tensor, Tensor] | None = None
+    """(rows, targets, order) of the loss heads' log-probabilities."""
+    lm_head: LinearLogprob | None = None
+
+
+class Phases:
+    """Seconds by phase. A phase inside another is taken out of it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.seconds: dict[str, float] = defaultdict(float)
+        self._cuda = device.type == "cuda"
+        self._inner = 0.0
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        outer, self._inner, start = self._inner, 0.0, self._now()
+        try:
+            yield
+        finally:
+            elapsed = self._now() - start
+            self.seconds[name] += elapsed - self._inner
+            self._inner = outer + elapsed
+
+    def _now(self) -> float:
+        if self._cuda:
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+
+class Replay:
+    """Forward and backward of one `TokenBatch` at one adapter over borrowed weights and rows."""
+
+    def __init__(
+        self, weights: BaseWeights, view: ActivationView | None, gate: Gate, phases: Phases
+    ) -> None:
+        self._w, self._shape, self._view = weights, weights.shape, view
+        self._gate, self._phases = gate, phases
+
+    def forward(
+        self, batch: TokenBatch, adapter: LoraAdapter | None, *, gradient: bool
+    ) -> ForwardState:
+        """Log-probabilities of every sequence of the batch; with `gradient`, also what `backward`
+        needs.
+
+        Raises:
+            RowsRevoked: a recorded row was taken away.
+        """
+        shape, weights, num_layers = self._shape, self._w, self._shape.num_layers
+        first = batch.num_recorded
+        cos_sin = shape.cos_sin(batch.positions[first:], weights.dtype)
+        x = weights.embed[batch.ids[first:]]
+        out = x
+        kept: list[LayerValues] = []
+        num_kept = batch.num_differentiated - first
+        with torch.no_grad():
+            for index in range(num_layers if x.shape[0] else 0):
+                self._gate()
+                last = index == num_layers - 1
+                attend = self._attend(batch, index, last)
+                mid, down, values = decoder_layer(
+                    x,
+                    weights.layers[index],
+                    shape,
+                    LayerLora.of(adapter, index, shape),
+                    cos_sin,
+                    attend,
+                    queries=batch.missing_heads if last else None,
+                )
+                x = out = mid + down
+                if gradient:
+                    kept.append(_keep(values, num_kept, batch if last else None))
+            hidden = self._head_hidden(batch, out, adapter)
+            return self._log_probabilities(batch, hidden, kept, gradient)
+
+    def backward(
+        self,
+        batch: TokenBatch,
+        state: ForwardState,
+        adapter: LoraAdapter,
+        d_logps: Sequence[Tensor],
+        grads: dict[str, Tensor],
+    ) -> None:
+        """Add the adapter's gradient to `grads` (PEFT names, float32 or wider) for the gradient
+        `d_logps` of the first sequences' log-probabilities. Consumes `state.kept`, a layer at a
+        time.
+
+        Raises:
+            RowsRevoked: a recorded row was taken away; `grads` may then hold part of this batch.
+        """
+        shape, num_layers = self._shape, self._shape.num_layers
+        d_out = self._head_backward(batch, state, d_logps)
+        b_is_zero = adapter.is_zero
+        plan = batch.backward_plan()
+        tables = shape.cos_sin(batch.positions[: batch.num_differentiated], self._w.dtype)
+        for index in range(num_layers - 1, -1, -1):
+            self._gate()
+            last = index == num_layers - 1
+            queries = batch.heads[: batch.num_loss_heads] if last else None
+            recorded = self._recorded(batch, index, state.kept, queries)
+            x = recorded.x.requires_grad_(index > 0)
+            leaves = {
+                name: tensor.detach().requires_grad_()
+                for name, tensor in _layer_weights(adapter, index).items()
+            }
+            lora = LayerLora.of(
+                LoraAdapter(adapter.config, leaves), index, shape, b_is_zero=b_is_zero
+            )
+            layer_plan = batch.last_backward_plan() if last else plan
+
+            def attend(
+                q: Tensor,
+                k: Tensor,
+                v: Tensor,
+                layer_plan: list[PathBlock] = layer_plan,
+                recorded: LayerValues = recorded,
+            ) -> Tensor:
+                return path_attention(
+                    q, k, v, layer_plan, recorded=recorded.attn.unflatten(-1, q.shape[1:])
+                )
+
+            with torch.enable_grad():
+                mid, down, _ = decoder_layer(
+                    x,
+                    self._w.layers[index],
+                    shape,
+                    lora,
+                    tables,
+                    attend,
+                    queries=queries,
+                    recorded=recorded,
+                )
+            inputs = [*leaves.values(), *([x] if index else [])]
+            outputs = [t for t in (mid, down) if t.requires_grad]
+            found = torch.autograd.grad(outputs, inputs, [d_out] * len(outputs), allow_unused=True)
+            for name, grad in zip(leaves, found, strict=False):
+                if grad is not None:
+                    grads[name].add_(grad)
+            if index:
+                (d_out,) = found[len(leaves) :]
+                assert d_out is not None
+
+    def _attend(self, batch: TokenBatch, layer: int, last: bool) -> Callable[..., Tensor]:
+        plan = batch.last_forward_plan if last else batch.forward_plan
+
+        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            if batch.num_recorded:
+                k, v = self._with_recorded(batch, layer, k, v)
+            return path_attention(q, k, v, plan)
+
+        return attend
+
+    def _with_recorded(
+        self, batch: TokenBatch, layer: int, k: Tensor, v: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Keys and values of the recorded tokens, then those given."""
+        assert self._view is not None
+        n, total = batch.num_recorded, batch.num_recorded + k.shape[0]
+        keys, values = k.new_empty(total, *k.shape[1:]), v.new_empty(total, *v.shape[1:])
+        with self._phases.phase("rows"):
+            self._view.fetch_kv(layer, batch.slots, keys[:n], values[:n])
+            self._view.check(batch.rows, batch.gens)
+        keys[n:], values[n:] = k, v
+        return keys, values
+
+    def _head_hidden(self, batch: TokenBatch, out: Tensor, adapter: LoraAdapter | None) -> Tensor:
+        """[heads, H]: computed where missing, from the last layer's rows where recorded."""
+        hidden = out.new_empty(batch.heads.shape[0], self._shape.hidden_size)
+        if batch.missing_heads.numel():
+            hidden[batch.missing_head_ranks] = out
+        if batch.recorded_heads.numel():
+            layer = self._shape.num_layers - 1
+            mid = self._fetch(layer, "mid", batch.rows[batch.recorded_heads])
+            gate_up = self._fetch(layer, "gate_up", batch.rows[batch.recorded_heads])
+            self._check(batch)
+            lora = LayerLora.of(adapter, layer, self._shape)
+            hidden[batch.recorded_head_ranks] = mlp_output(
+                mid, gate_up, self._w.layers[layer], lora
+            )
+        return hidden
+
+    def _log_probabilities(
+        self, batch: TokenBatch, hidden: Tensor, kept: list[LayerValues], gradient: bool
+    ) -> ForwardState:
+        normed = rms_norm(hidden, self._w.norm, self._shape.rms_norm_eps)
+        heads, targets = torch.cat(batch.span_heads), torch.cat(batch.targets)
+        order = torch.argsort(heads, stable=True)
+        rows, targets = heads[order], targets[order]
+        n = batch.num_loss_heads if gradient else 0
+        cut = int((rows < n).sum())
+        head = self._w.lm_head
+        loss = linear_logprob(normed[:n], head, rows[:cut], targets[:cut], gradient=True)
+        rest = linear_logprob(normed[n:], head, rows[cut:] - n, targets[cut:], gradient=False)
+        logps = torch.empty_like(torch.cat([loss.logps, rest.logps]))
+        logps[order] = torch.cat([loss.logps, rest.logps])
+        lengths = [span.numel() for span in batch.span_heads]
+        return ForwardState(
+            logps=list(logps.split(lengths)),
+            kept=kept,
+            head_hidden=hidden[:n],
+            pairs=(rows[:cut], targets[:cut], order[:cut]),
+            lm_head=loss,
+        )
+
+    def _head_backward(
+        self, batch: TokenBatch, state: ForwardState, d_logps: Sequence[Tensor]
+    ) -> Tensor:
+        assert state.lm_head is not None
+        assert state.pairs is not None
+        rows, targets, order = state.pairs
+        flat = torch.zeros(
+            sum(s.numel() for s in batch.span_heads),
+            dtype=state.lm_head.logps.dtype,
+            device=rows.device,
+        )
+        given = torch.cat(list(d_logps))
+        flat[: given.numel()] = given
+        d_normed = linear_logprob_backward(
+            state.lm_head, self._w.lm_head, rows, targets, flat[order]
+        )
+        with torch.enable_grad():
+            hidden = state.head_hidden.detach().requires_grad_()
+            _, normed = add_rms_norm(hidden, None, self._w.norm, self._shape.rms_norm_eps)
+        (d_hidden,) = torch.autograd.grad(normed, hidden, d_normed)
+        return d_hidden
+
+    def _recorded(
+        self, batch: TokenBatch, layer: int, kept: list[LayerValues], queries: Tensor | None
+    ) -> LayerValues:
+        """One layer's values of every differentiated token (of `queries` where those suffice)."""
+        own = kept.pop() if kept else None
+        n = batch.num_recorded
+        if n == 0:
+            assert own is not None
+            return own
+        with self._phases.phase("rows"):
+            values = self._assemble(batch, layer, own, queries)
+            self._check(batch)
+        return values
+
+    def _assemble(
+        self, batch: TokenBatch, layer: int, own: LayerValues | None, queries: Tensor | None
+    ) -> LayerValues:
+        assert self._view is not None
+        view, like = self._view, self._w.embed
+        n, total = batch.num_recorded, batch.num_differentiated
+
+        def whole(field: str) -> Tensor:
+            out = like.new_empty(total, view.layout.fields[field][1])
+            view.fetch(layer, field, batch.rows, out[:n])
+            if own is not None:
+                out[n:] = getattr(own, field)
+            return out
+
+        def of_queries(field: str) -> Tensor:
+            if queries is None:
+                return whole(field)
+            out = like.new_empty(queries.shape[0], view.layout.fields[field][1])
+            taken = batch.recorded_heads
+            is_loss = batch.recorded_head_ranks < batch.num_loss_heads
+            ranks = batch.recorded_head_ranks[is_loss]
+            out[ranks] = self._fetch(layer, field, batch.rows[taken[is_loss]])
+            if own is not None:
+                ranks = batch.missing_head_ranks
+                out[ranks[ranks < batch.num_loss_heads]] = getattr(own, field)
+            return out
+
+        kv = (total, self._shape.num_kv_heads, self._shape.head_dim)
+        keys, values = like.new_empty(kv), like.new_empty(kv)
+        view.fetch_kv(layer, batch.slots, keys[:n], values[:n])
+        if own is not None:
+            keys[n:], values[n:] = own.keys, own.values
+        return LayerValues(
+            x=whole("x"),
+            q=of_queries("q"),
+            k=whole("k") if self._shape.has_qk_norm else None,
+            attn=of_queries("attn"),
+            mid=of_queries("mid"),
+            gate_up=of_queries("gate_up"),
+            keys=keys,
+            values=values,
+        )
+
+    def _fetch(self, layer: int, field: str, rows: Tensor) -> Tensor:
+        assert self._view is not None
+        out = self._w.embed.new_empty(rows.shape[0], self._view.layout.fields[field][1])
+        self._view.fetch(layer, field, rows, out)
+        return out
+
+    def _check(self, batch: TokenBatch) -> None:
+        assert self._view is not None
+        self._view.check(batch.rows, batch.gens)
+
+
+def _keep(values: LayerValues, n: int, last_of: TokenBatch | None) -> LayerValues:
+    """The first n tokens' values; of the last layer, per query, those of the loss heads."""
+    if last_of is None:
+        cut = slice(0, n)
+        return LayerValues(**{f: _cut(getattr(values, f), cut) for f in _FIELDS})
+    is_loss = last_of.missing_head_ranks < last_of.num_loss_heads
+    # Head order, which is the order of queries in the backward pass.
+    per_query = {f: getattr(values, f)[is_loss] for f in ("q", "attn", "mid", "gate_up")}
+    per_token = {f: _cut(getattr(values, f), slice(0, n)) for f in ("x", "k", "keys", "values")}
+    return LayerValues(**per_query, **per_token)
+
+
+_FIELDS = ("x", "q", "k", "attn", "mid", "gate_up", "keys", "values")
+
+
+def _cut(tensor: Tensor | None, part: slice) -> Tensor | None:
+    if tensor is None or part.stop == tensor.shape[0]:
+        return tensor
+    return tensor[part].clone()
+
+
+def _layer_weights(adapter: LoraAdapter, layer: int) -> dict[str, Tensor]:
+    marker = f".layers.{layer}."
+    return {name: t for name, t in adapter.weights.items() if marker in name}
