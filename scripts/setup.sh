@@ -34,6 +34,6 @@ PY
   if [ -n "$links" ]; then export UV_FIND_LINKS=$links; else args+=(--torch-backend cpu); fi
 fi
 [ "$want" = dev ] && extra=$extra,dev
-"$uv" pip install --quiet "${args[@]}" -e ".[$extra]"
+"$uv" pip install --quiet --compile-bytecode "${args[@]}" -e ".[$extra]"
 touch "$stamp"
 echo "setup: .venv is ready ($extra)"

@@ -1,0 +1,159 @@
+"""Joins SGLang's FastAPI app: our routes, the guard, readiness, and an orderly end."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+from collections.abc import AsyncIterator
+from typing import TYPE_CHECKING, Any
+
+from fastapi import FastAPI
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from alchemist.server.api import build_router
+from alchemist.server.config import Config
+from alchemist.server.learner import Learner
+from alchemist.server.ledger import Ledger
+from alchemist.server.routes import RouteGuard
+
+if TYPE_CHECKING:
+    from alchemist.server.front import Front
+
+logger = logging.getLogger("alchemist")
+
+
+def open_ledger(config: Config) -> Ledger:
+    """Open the data directory's ledger.
+
+    Raises:
+        LaunchError: read-only, full, damaged, or in use by another server.
+    """
+    from alchemist.server.errors import LedgerError
+    from alchemist.server.main import LaunchError
+
+    try:
+        return Ledger(config.ledger_path, keep_completions=config.keep_completions)
+    except (LedgerError, OSError) as error:
+        raise LaunchError(f"--data-dir {config.data_dir}: {error}") from None
+
+
+def install(app: FastAPI, front: Front, server_args: Any, manager: Any) -> None:
+    """Add everything to `app` before uvicorn runs it."""
+    assert front.run is not None
+    assert front.lease is not None
+    assert front.ledger is not None
+    config = front.run.load_config()
+    learner = Learner(front.run, config, front.lease, front.ledger, manager)
+    app.include_router(build_router(learner))
+    app.add_middleware(Readiness, front=front, learner=learner)
+    app.add_middleware(
+        RouteGuard,
+        routes=app.routes,
+        api_key=server_args.api_key,
+        admin_api_key=server_args.admin_api_key,
+    )
+    theirs = app.router.lifespan_context
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[Any]:
+        manager.auto_create_handle_loop()
+        ending = Ending(front, config, manager)
+        ending.take_signals()
+        async with front.serving(learner), theirs(app) as state:
+            yield state
+        ending.stop_watchdog()
+
+    app.router.lifespan_context = lifespan
+
+
+class Readiness:
+    """`/health` answers 503 until plugin and trainer are there; a server that is ending takes no new requests."""
+
+    def __init__(self, app: ASGIApp, front: Front, learner: Learner) -> None:
+        self.app, self._front, self._learner = app, front, learner
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            path = scope["path"]
+            if self._front.is_ending and path.startswith(("/v1/", "/generate", "/health")):
+                await _unavailable("the server is shutting down")(scope, receive, send)
+                return
+            if path in ("/health", "/health_generate", "/readiness") and not self._learner.is_ready:
+                await _unavailable("the trainer is not ready")(scope, receive, send)
+                return
+        await self.app(scope, receive, send)
+
+
+def _unavailable(message: str) -> JSONResponse:
+    body = {
+        "error": {"message": message, "type": "service_unavailable", "param": None, "code": None}
+    }
+    return JSONResponse(body, status_code=503)
+
+
+class Ending:
+    """SIGINT and SIGTERM: no new requests, those in flight get --shutdown-timeout, then are aborted.
+
+    SIGQUIT is how SGLang reports a child that has died: the whole server ends, with a message and status 1.
+    """
+
+    def __init__(self, front: Front, config: Config, manager: Any) -> None:
+        self._front, self._config, self._manager = front, config, manager
+        # uvicorn has installed its own handlers by now; theirs ends the server in order.
+        self._end_uvicorn = signal.getsignal(signal.SIGINT)
+
+    def take_signals(self) -> None:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, self._on_signal, number)
+        loop.add_signal_handler(signal.SIGQUIT, self._on_dead_child)
+
+    def stop_watchdog(self) -> None:
+        """From here on children end because we end them."""
+        if self._manager._subprocess_watchdog is not None:
+            self._manager._subprocess_watchdog.stop()
+
+    def _on_signal(self, number: int) -> None:
+        if self._front.is_ending:
+            logger.warning("second signal: requests in flight are aborted now")
+            self._manager.abort_request(abort_all=True)
+            return
+        self._front.is_ending = True
+        logger.info(
+            "%s: shutting down; %d request(s) in flight have %.0f s",
+            signal.Signals(number).name,
+            self._front.num_in_flight,
+            self._config.shutdown_timeout,
+        )
+        self._task = asyncio.create_task(self._drain())
+
+    async def _drain(self) -> None:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self._config.shutdown_timeout):
+                while self._front.num_in_flight:
+                    await asyncio.sleep(0.05)
+        if self._front.num_in_flight:
+            logger.warning("%d request(s) aborted at shutdown", self._front.num_in_flight)
+            self._manager.abort_request(abort_all=True)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(2.0):
+                    while self._front.num_in_flight:
+                        await asyncio.sleep(0.05)
+        assert callable(self._end_uvicorn)
+        self._end_uvicorn(signal.SIGINT, None)
+        # Idle keep-alive connections get a moment, then uvicorn is told not to wait for them.
+        await asyncio.sleep(1.0)
+        self._end_uvicorn(signal.SIGINT, None)
+
+    def _on_dead_child(self) -> None:
+        from sglang.srt.utils import kill_process_tree
+
+        self._front.on_dead_engine()
+        logger.critical("a SGLang process has died (see above); the server ends")
+        self.stop_watchdog()
+        kill_process_tree(os.getpid(), include_parent=False)
+        os._exit(1)

@@ -1,0 +1,46 @@
+"""SGLang on a machine without a GPU: an out-of-tree platform and two shims, nothing else.
+
+`prepare()` must run before `sglang` is imported in a process; `alchemist.server` does so on import.
+On a CUDA machine both entry points do nothing.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+
+_library: torch.library.Library | None = None
+
+
+def prepare() -> None:
+    """Make `import sglang` and LoRA serving work on the CPU build of torch. Idempotent; a no-op on CUDA."""
+    global _library
+    if _library is not None or torch.cuda.is_available():
+        return
+    # The torchvision wheel's operators are linked against CUDA and do not load, but its Python half
+    # registers fake kernels for them at import; declaring the schemas is all that needs.
+    _library = torch.library.Library("torchvision", "DEF")
+    for operator in ("nms", "qnms"):
+        _library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    # SGLang's LoRA code asks for pinned memory without looking at the device; there is none to pin for.
+    for name in ("tensor", "zeros", "empty", "ones", "full", "arange"):
+        setattr(torch, name, _without_pin_memory(getattr(torch, name)))
+    torch.Tensor.pin_memory = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
+
+
+def _without_pin_memory(function: Any) -> Any:
+    @functools.wraps(function)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        kwargs.pop("pin_memory", None)
+        return function(*args, **kwargs)
+
+    return wrapped
+
+
+def activate() -> str | None:
+    """Entry point `sglang.srt.platforms`: the platform class, or None where CUDA is there."""
+    if torch.cuda.is_available():
+        return None
+    return "alchemist.server.cpu_platform.CpuPlatform"

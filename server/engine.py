@@ -1,0 +1,345 @@
+"""The scheduler process's half of Alchemist: sharing memory, recording, the lease, and the row desk.
+
+Everything runs on the scheduler's thread, called from the hooks in `hooks.py`. Trouble with recording or with the
+trainer is logged and counted; it never reaches a request.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from array import array
+from typing import Any
+
+import psutil
+import torch
+import zmq
+
+from alchemist.protocol import messages
+from alchemist.protocol.errors import ProtocolError
+from alchemist.protocol.layout import RowLayout
+from alchemist.protocol.lease import Lease
+from alchemist.protocol.shm import TensorHandle
+from alchemist.protocol.tensors import Arena, dtype_name
+from alchemist.server.config import auto_activation_bytes
+from alchemist.server.pool import ActivationPool
+from alchemist.server.recorder import Recorder
+from alchemist.server.run import Run
+
+logger = logging.getLogger(__name__)
+
+_HEALTH_CHECK = "HEALTH_CHECK"
+
+
+class Engine:
+    """One scheduler rank. Created at plugin load; comes to life when the memory pools exist."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self.config = run.load_config()
+        self.lease = Lease.attach(run.lease)
+        # Requests may come before the first idle turn of the loop.
+        self.lease.set_engine_busy(True)
+        self._context = zmq.Context()
+        self._control = self._context.socket(zmq.PUSH)
+        self._control.setsockopt(zmq.LINGER, 1000)
+        self._control.setsockopt(zmq.SNDHWM, 0)
+        self._control.connect(run.control_address)
+        self._desk: zmq.Socket[bytes] | None = None
+        self._scheduler: Any = None
+        self._kv_handles: tuple[list[TensorHandle], list[TensorHandle]] | None = None
+        self._weights: Arena | None = None
+        self.pool: ActivationPool | None = None
+        self.recorder: Recorder | None = None
+        self._logprobs: dict[str, list[tuple[int, torch.Tensor, int]]] = {}
+        self._tickets: dict[tuple[bytes, int], list[tuple[torch.Tensor, torch.Tensor]]] = {}
+
+    # Memory
+
+    def share_kv(self, kv_pool: Any) -> None:
+        """Put the KV pool's buffers into shared memory, before anything takes their addresses."""
+        if kv_pool.k_buffer is None or kv_pool.k_buffer[0].device.type != "cpu":
+            return
+        specs: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+        for layer in range(kv_pool.layer_num):
+            specs[f"k{layer}"] = (
+                tuple(kv_pool.k_buffer[layer].shape),
+                kv_pool.k_buffer[layer].dtype,
+            )
+            specs[f"v{layer}"] = (
+                tuple(kv_pool.v_buffer[layer].shape),
+                kv_pool.v_buffer[layer].dtype,
+            )
+        self._kv = Arena("kv", specs)
+        kv_pool.k_buffer = [self._kv.tensors[f"k{layer}"] for layer in range(kv_pool.layer_num)]
+        kv_pool.v_buffer = [self._kv.tensors[f"v{layer}"] for layer in range(kv_pool.layer_num)]
+        self._kv_handles = (
+            [self._kv.handles[f"k{layer}"] for layer in range(kv_pool.layer_num)],
+            [self._kv.handles[f"v{layer}"] for layer in range(kv_pool.layer_num)],
+        )
+
+    def attach(self, runner: Any, hooks: list[str], missing: list[str]) -> None:
+        """The model and its pools exist: share the weights, make the activation pool, say hello."""
+        if self._kv_handles is None:
+            raise RuntimeError(
+                f"the KV pool {type(runner.token_to_kv_pool).__name__} on {runner.device} is not shared: "
+                "Alchemist trains on CPU with a plain multi-head KV pool; "
+                "start with --no-train --record none to serve without learning"
+            )
+        layout = layout_of(runner)
+        self._share_weights(runner.model)
+        if self.config.record == "prefill" and not self.config.no_train:
+            self._make_pool(runner, layout)
+        rows, row_gen = self.pool.handles if self.pool else ([], None)
+        assert self._weights is not None
+        k, v = self._kv_handles
+        hello = messages.SchedulerHello(
+            tp_rank=runner.ps.tp_rank,
+            pid=os.getpid(),
+            hooks=hooks,
+            missing=missing,
+            model_path=runner.model_config.model_path,
+            layout=layout,
+            weights=self._weights.handles,
+            k=k,
+            v=v,
+            rows=rows,
+            row_gen=row_gen,
+        )
+        self._control.send(messages.encode(hello))
+
+    def _share_weights(self, model: torch.nn.Module) -> None:
+        """Move every parameter into shared memory; the module keeps using the moved one, so there is one copy."""
+        parameters = {
+            name.replace(".base_layer.", "."): parameter
+            for name, parameter in model.named_parameters()
+        }
+        specs = {name: (tuple(p.shape), p.dtype) for name, p in parameters.items()}
+        self._weights = Arena("weights", specs)
+        for name, parameter in parameters.items():
+            shared = self._weights.tensors[name]
+            shared.copy_(parameter.data)
+            parameter.data = shared
+
+    def _make_pool(self, runner: Any, layout: RowLayout) -> None:
+        num_slots = runner.token_to_kv_pool.k_buffer[0].shape[0]
+        available = psutil.virtual_memory().available
+        num_bytes = self.config.activation_memory_bytes or auto_activation_bytes(available)
+        num_rows = min(num_slots, num_bytes // layout.row_bytes)
+        if num_rows < 1:
+            raise RuntimeError(
+                f"--activation-memory {num_bytes} bytes holds no row; one token of this model takes "
+                f"{layout.row_bytes} bytes"
+            )
+        if num_rows * layout.row_bytes > available:
+            raise RuntimeError(
+                f"--activation-memory asks for {num_rows * layout.row_bytes} bytes; {available} bytes are free"
+            )
+        allocator = runner.token_to_kv_pool_allocator
+        self.pool = ActivationPool(layout, num_rows, num_slots, allocator.page_size)
+        self.recorder = Recorder(runner.model, layout, self.pool)
+        _follow(allocator, self.pool)
+        logger.info(
+            "activation pool: %d rows of %d bytes (%.2f GiB) for %d KV slots",
+            num_rows,
+            layout.row_bytes,
+            num_rows * layout.row_bytes / 2**30,
+            num_slots,
+        )
+
+    # Forward passes
+
+    def begin_forward(self, batch: Any) -> bool:
+        """Whether this forward is being recorded."""
+        if self.recorder is None or not batch.forward_mode.is_extend():
+            return False
+        self.recorder.begin(batch.out_cache_loc)
+        return True
+
+    def end_forward(self) -> None:
+        assert self.recorder is not None
+        self.recorder.end()
+
+    def note_logprobs(self, batch: Any, raw: torch.Tensor, token_ids: torch.Tensor) -> None:
+        """Keep each sampled token's logprob, by request and sequence length.
+
+        Args:
+            raw: [batch, vocab] log-softmax of the logits, untempered and unpenalised.
+            token_ids: [batch] what was sampled.
+        """
+        if batch.rids is None:
+            return
+        picked = raw.gather(1, token_ids.long().view(-1, 1)).view(-1)
+        lengths = (batch.seq_lens if batch.seq_lens_cpu is None else batch.seq_lens_cpu).tolist()
+        for i, (rid, length) in enumerate(zip(batch.rids, lengths, strict=False)):
+            self._logprobs.setdefault(rid, []).append((length, picked, i))
+
+    def finished(self, req: Any, tree_cache: Any) -> None:
+        """A request has ended and its KV is about to go to the tree: report it."""
+        noted = self._logprobs.pop(req.rid, [])
+        if req.rid.startswith(_HEALTH_CHECK):
+            return
+        prompt = list(req.origin_input_ids)
+        output = list(req.output_ids_through_stop)
+        logprobs = [float("nan")] * len(output)
+        for length, values, i in noted:
+            # A prefill chunk before the last samples a token nobody uses: its length is below the prompt's.
+            index = length - len(prompt)
+            if 0 <= index < len(output):
+                logprobs[index] = float(values[i])
+        recorded = 0
+        if self.pool is not None and req.req_pool_idx is not None:
+            slots = tree_cache.req_to_token_pool.req_to_token[req.req_pool_idx, : len(prompt)]
+            recorded = int((self.pool.lookup(slots.long()) >= 0).sum())
+        reason = req.finished_reason.to_json()["type"] if req.finished_reason else "abort"
+        self._control.send(
+            messages.encode(
+                messages.Finished(
+                    rid=req.rid,
+                    lora_id=req.lora_id,
+                    extra_key=req.extra_key,
+                    prompt_ids=messages.pack_ids(prompt),
+                    output_ids=messages.pack_ids(output),
+                    logprobs=messages.pack_floats(logprobs),
+                    finish_reason=reason,
+                    prompt_recorded=recorded,
+                )
+            )
+        )
+
+    # The scheduler's loop
+
+    def on_requests(self, scheduler: Any, requests: list[Any]) -> None:
+        """Called once a loop, before the requests are looked at."""
+        if requests:
+            self.lease.set_engine_busy(True)
+        if self._scheduler is None:
+            self._open_desk(scheduler)
+        self.serve_desk()
+
+    def on_idle(self, scheduler: Any) -> None:
+        """Nothing waits and nothing runs: the trainer may."""
+        if scheduler.is_fully_idle():
+            self.lease.set_engine_busy(False)
+            # What was sampled past the end of an aborted request belongs to nobody.
+            self._logprobs.clear()
+
+    # The row desk: the trainer asks which rows hold a completion's tokens
+
+    def _open_desk(self, scheduler: Any) -> None:
+        self._scheduler = scheduler
+        self._desk = self._context.socket(zmq.ROUTER)
+        self._desk.setsockopt(zmq.LINGER, 0)
+        self._desk.bind(self.run.rows_address(scheduler.ps.tp_rank))
+        # An idle scheduler sleeps on its own sockets; ours must wake it too.
+        if scheduler.idle_sleeper is not None:
+            scheduler.idle_sleeper.poller.register(self._desk, zmq.POLLIN)
+
+    def serve_desk(self) -> None:
+        """Answer what the trainer has asked; never waits."""
+        assert self._desk is not None
+        while True:
+            try:
+                peer, data = self._desk.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            try:
+                message = messages.decode_to_scheduler(data)
+            except (ProtocolError, ValueError):
+                logger.exception("row desk: a message was refused")
+                continue
+            if isinstance(message, messages.CheckOut):
+                self._desk.send_multipart([peer, messages.encode(self._check_out(peer, message))])
+            else:
+                for rows, gens in self._tickets.pop((peer, message.ticket), ()):
+                    if self.pool is not None:
+                        self.pool.check_in(rows, gens)
+
+    def _check_out(self, peer: bytes, message: messages.CheckOut) -> messages.CheckedOut:
+        # A new trainer has a new identity: what a dead one held is given back here.
+        for other in [key for key in self._tickets if key[0] != peer]:
+            for rows, gens in self._tickets.pop(other):
+                if self.pool is not None:
+                    self.pool.check_in(rows, gens)
+        items: list[tuple[bytes, bytes, bytes]] = []
+        held = self._tickets.setdefault((peer, message.ticket), [])
+        for extra_key, token_ids in message.items:
+            if self.pool is None:
+                items.append((b"", b"", b""))
+                continue
+            slots = match_slots(
+                self._scheduler.tree_cache, messages.unpack_ids(token_ids), extra_key
+            )
+            rows, gens = self.pool.check_out(slots)
+            held.append((rows, gens))
+            items.append((_bytes(slots), _bytes(rows), _bytes(gens)))
+        return messages.CheckedOut(ticket=message.ticket, items=items)
+
+    def close(self) -> None:
+        self._context.destroy(linger=1000)
+
+
+def layout_of(runner: Any) -> RowLayout:
+    """Row layout of a loaded model."""
+    config = runner.model_config.hf_text_config
+    attention = runner.model.model.layers[0].self_attn
+    return RowLayout(
+        num_layers=config.num_hidden_layers,
+        hidden_size=config.hidden_size,
+        num_heads=attention.num_heads,
+        num_kv_heads=attention.num_kv_heads,
+        head_dim=attention.head_dim,
+        intermediate_size=config.intermediate_size,
+        has_qk_norm=hasattr(attention, "q_norm"),
+        dtype=dtype_name(runner.dtype),
+    )
+
+
+def match_slots(tree: Any, token_ids: list[int], extra_key: str | None) -> torch.Tensor:
+    """KV slots of the longest cached prefix, [n] int64, without touching the tree.
+
+    `RadixCache.match_prefix` would refresh access times and split a node; a trainer's question must not change
+    what serving evicts.
+    """
+    from sglang.srt.mem_cache.radix_cache import RadixCache, RadixKey
+
+    parts: list[torch.Tensor] = []
+    if isinstance(tree, RadixCache) and not tree.disable and token_ids:
+        page_size = tree.page_size
+        key = RadixKey(array("q", token_ids), extra_key).page_aligned(page_size)
+        node = tree.root_node
+        while len(key):
+            child = node.children.get(key.child_key(page_size))
+            if child is None or child.value is None:
+                break
+            length = child.key.match(key, page_size=page_size)
+            parts.append(child.value[:length])
+            if length < len(child.key):
+                break
+            node, key = child, key[length:]
+    return torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64)
+
+
+def _follow(allocator: Any, pool: ActivationPool) -> None:
+    """End rows when the allocator frees their slots. On the instance: subclasses override these methods freely."""
+    free, free_segment, clear = allocator.free, allocator.free_segment, allocator.clear
+
+    def free_and_end(free_index: torch.Tensor) -> None:
+        pool.free_slots(free_index)
+        free(free_index)
+
+    def free_segment_and_end(free_index: torch.Tensor, *, start_pos: int) -> None:
+        pool.free_slots(free_index)
+        free_segment(free_index, start_pos=start_pos)
+
+    def clear_and_end() -> None:
+        pool.clear()
+        clear()
+
+    allocator.free = free_and_end
+    allocator.free_segment = free_segment_and_end
+    allocator.clear = clear_and_end
+
+
+def _bytes(tensor: torch.Tensor) -> bytes:
+    return bytes(tensor.to(torch.int64).numpy().tobytes())

@@ -1,0 +1,124 @@
+"""The HTTP process's half of the plugin: routes, the version of each request, and the earliest sign of load.
+
+`FRONT` exists from plugin load on; the `Learner` it speaks for comes with the running event loop.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import re
+import shutil
+from collections.abc import AsyncIterator
+from typing import Any
+
+from alchemist.protocol.lease import Lease
+from alchemist.server.learner import PROBE_PREFIX, Learner
+from alchemist.server.ledger import Ledger
+from alchemist.server.run import Run
+
+_VERSION = re.compile(r"v\d+")
+_HEALTH_CHECK = "HEALTH_CHECK"
+
+
+class Front:
+    """Called from the hooks in `hooks.main_hooks`."""
+
+    def __init__(self) -> None:
+        self.run: Run | None = None
+        self.lease: Lease | None = None
+        self.learner: Learner | None = None
+        self.ledger: Ledger | None = None
+        self.is_ending = False
+        self.exit_status = 0
+        self._in_flight: set[int] = set()
+        self._tickets = itertools.count()
+
+    @property
+    def num_in_flight(self) -> int:
+        return len(self._in_flight)
+
+    def begin(self, run: Run, lease: Lease, ledger: Ledger) -> None:
+        """The launcher has made this run; called before SGLang starts."""
+        self.run, self.lease, self.ledger = run, lease, ledger
+
+    def on_dead_engine(self) -> None:
+        """The server is about to end without its event loop: keep what is queued, leave no file."""
+        if self.ledger is not None:
+            self.ledger.close()
+        if self.run is not None:
+            shutil.rmtree(self.run.directory, ignore_errors=True)
+
+    def on_setup(self, server_args: Any, tokenizer_manager: Any, *args: Any, **kwargs: Any) -> None:
+        """BEFORE `_setup_and_run_http_server`: join the app."""
+        from sglang.srt.entrypoints.http_server import app
+
+        from alchemist.server.app import install
+
+        install(app, self, server_args, tokenizer_manager)
+
+    @contextlib.asynccontextmanager
+    async def serving(self, learner: Learner) -> AsyncIterator[None]:
+        """The span between the event loop's start and its end."""
+        self.learner = learner
+        await learner.start()
+        try:
+            yield
+        finally:
+            await learner.stop()
+
+    # Requests
+
+    def resolve_model(self, original: Any, serving: Any, request_model: str, explicit: Any) -> Any:
+        """`model` is `base` or `vN`: pin that version. Anything else means what SGLang makes of it."""
+        if request_model == "base" or _VERSION.fullmatch(request_model or ""):
+            return request_model
+        return original(serving, request_model, explicit)
+
+    async def generate(
+        self, original: Any, manager: Any, obj: Any, request: Any = None
+    ) -> AsyncIterator[Any]:
+        """AROUND `generate_request`: give the request its version, hold the lease off while it runs."""
+        learner = self.learner
+        rid = obj.rid if isinstance(obj.rid, str) else ""
+        is_ours = rid.startswith((PROBE_PREFIX, _HEALTH_CHECK))
+        if learner is None or is_ours or not hasattr(obj, "sampling_params"):
+            async for out in original(manager, obj, request):
+                yield out
+            return
+        versions = learner.route(obj)
+        with self._busy():
+            async for out in original(manager, obj, request):
+                for index, item in enumerate(out if isinstance(out, list) else [out]):
+                    version = versions[index % len(versions)]
+                    item["meta_info"]["weight_version"] = version
+                    learner.saw(item["meta_info"]["id"], version, obj)
+                yield out
+
+    @contextlib.contextmanager
+    def _busy(self) -> Any:
+        assert self.lease is not None
+        ticket = next(self._tickets)
+        self._in_flight.add(ticket)
+        self.lease.set_front_busy(len(self._in_flight))
+        try:
+            yield
+        finally:
+            self._in_flight.discard(ticket)
+            self.lease.set_front_busy(len(self._in_flight))
+
+    async def stream(
+        self, original: Any, serving: Any, adapted_request: Any, *args: Any
+    ) -> AsyncIterator[Any]:
+        """AROUND the OpenAI stream generators: every chunk carries the `metadata` a whole answer has."""
+        async for chunk in original(serving, adapted_request, *args):
+            version = getattr(adapted_request, "alchemist_version", None)
+            if version and isinstance(chunk, str) and chunk.startswith("data: {"):
+                yield f'data: {{"metadata":{{"weight_version":"{version}"}},' + chunk.removeprefix(
+                    "data: {"
+                )
+            else:
+                yield chunk
+
+
+FRONT = Front()

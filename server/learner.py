@@ -1,0 +1,557 @@
+"""Turns votes into versions: hands batches to the trainer, commits what comes back, publishes it.
+
+Lives on the HTTP process's event loop. The ledger is the authority: a vote is consumed in the same transaction that
+records the step and its version, so a trainer (or this process) that dies at any instant costs a repetition of work,
+never a vote. One step is under way at a time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import zmq
+import zmq.asyncio
+
+from alchemist.protocol import messages
+from alchemist.protocol.errors import PeerProtocolError
+from alchemist.protocol.lease import Lease
+from alchemist.server.config import Config
+from alchemist.server.errors import Conflict, Unavailable
+from alchemist.server.ledger import Ledger
+from alchemist.server.publisher import PROBE_PREFIX, Publisher, PublishRefused
+from alchemist.server.records import Completion, TrainingItem
+from alchemist.server.run import Run
+from alchemist.server.trainer_process import TrainerProcess
+
+__all__ = ["PROBE_PREFIX", "Learner"]
+
+logger = logging.getLogger(__name__)
+
+_POLL_S = 0.2
+_HELLO_TIMEOUT_S = 60.0
+_MAX_CRASHES = 3
+"""Times a batch may end the trainer by its own fault before its votes are given up."""
+
+
+class TrainerGone(Unavailable):
+    """The trainer ended before it answered; `crashed`: by its own fault, not by a signal."""
+
+    def __init__(self, crashed: bool) -> None:
+        super().__init__("the trainer ended during a step")
+        self.crashed = crashed
+
+
+class Learner:
+    """See the module. Created and used on one event loop."""
+
+    def __init__(
+        self, run: Run, config: Config, lease: Lease, ledger: Ledger, manager: Any
+    ) -> None:
+        """Args:
+        manager: SGLang's TokenizerManager.
+        """
+        self.run = run
+        self.config = config
+        self.lease = lease
+        self.ledger = ledger
+        self.live = 0
+        self.step = 0
+        self.paused = False
+        self.stopping = False
+        self.tokens_reused = 0
+        self.tokens_recomputed = 0
+        self.last_step: dict[str, Any] = {}
+        self.last_error: str | None = None
+        self.publisher = Publisher(manager, self._num_kept, config.probe_tolerance)
+        self.trainer = TrainerProcess(run.trainer_address, self._trainer_ended)
+        self._manager = manager
+        self._hello: messages.SchedulerHello | None = None
+        self._hello_came = asyncio.Event()
+        self._context = zmq.asyncio.Context()
+        self._socket: zmq.asyncio.Socket | None = None
+        self._peer: bytes | None = None
+        """The trainer that is ready, by its socket identity."""
+        self._answer: asyncio.Future[messages.StepDone | messages.StepFailed] | None = None
+        self._training = False
+        self._wake = asyncio.Event()
+        self._flush_left = 0
+        self._next_version = 1
+        self._tasks: list[asyncio.Task[None]] = []
+        self._asked: dict[str, tuple[int, str, dict[str, Any]]] = {}
+        """rid → (version, model, sampling parameters) of requests that have begun to answer."""
+        self._recorded: dict[str, int] = {}
+
+    @property
+    def _num_kept(self) -> int:
+        # A recording may be as old as max_staleness and is differentiated with its own version.
+        return max(self.config.keep_versions, self.config.max_staleness + 1)
+
+    # Life
+
+    async def start(self) -> None:
+        """Bring back what the ledger holds; requests may come when this returns.
+
+        Raises:
+            RuntimeError: the plugin in the scheduler is not whole.
+        """
+        control = self._context.socket(zmq.PULL)
+        control.bind(self.run.control_address)
+        self._socket = self._context.socket(zmq.ROUTER)
+        self._socket.bind(self.run.trainer_address)
+        self._spawn(self._hear_scheduler(control))
+        self._spawn(self._hear_trainer(self._socket))
+        try:
+            await asyncio.wait_for(self._hello_came.wait(), _HELLO_TIMEOUT_S)
+        except TimeoutError:
+            raise RuntimeError("the plugin in the scheduler process did not say hello") from None
+        assert self._hello is not None
+        if self._hello.missing:
+            raise RuntimeError(
+                "SGLang functions are not wrapped: " + ", ".join(self._hello.missing)
+            )
+        await self._restore()
+        if not self.config.no_train:
+            self.trainer.start()
+            self._spawn(self._train_forever())
+
+    async def stop(self) -> None:
+        """End the trainer and keep everything; the ledger stays open for the caller to close."""
+        self.stopping = True
+        if self._peer is not None and self._socket is not None:
+            await self._socket.send_multipart([self._peer, messages.encode(messages.Stop())])
+        # A trainer that waits for the lease would not look at its messages.
+        await self.trainer.stop(timeout=5.0 if self._peer else 0.5)
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._context.destroy(linger=0)
+
+    def _spawn(self, coroutine: Any) -> None:
+        self._tasks.append(asyncio.create_task(coroutine))
+
+    async def _restore(self) -> None:
+        recovery = await self.ledger.recover()
+        versions = await self.ledger.versions()
+        self._next_version = max((v.version for v in versions), default=0) + 1
+        self.step = max((v.step or 0 for v in versions), default=0)
+        self.paused = bool(await self.ledger.get_setting("paused", False))
+        self.tokens_reused = int(await self.ledger.sum_metric("tokens_reused"))
+        self.tokens_recomputed = int(await self.ledger.sum_metric("tokens_recomputed"))
+        last = await self.ledger.last_step()
+        if last is not None:
+            self.last_step = {"step": last.step, "version": f"v{last.version}", **last.metrics}
+        self._delete_orphans({Path(path).name for path in recovery.directories})
+        paths = {v.version: v.path for v in versions if v.path and Path(v.path).is_dir()}
+        for version in sorted(paths)[-self._num_kept :]:
+            if version not in (0, recovery.live, recovery.staged):
+                with contextlib.suppress(PublishRefused):
+                    await self.publisher.load(version, paths[version])
+        if recovery.live:
+            # Without its live version the server would answer as somebody else: better not at all.
+            await self.publisher.load(recovery.live, paths[recovery.live])
+        self.live = recovery.live
+        if recovery.staged is not None and recovery.staged in paths:
+            await self._publish(recovery.staged, paths[recovery.staged])
+        logger.info(
+            "live version v%d, step %d, %d version(s) loaded", self.live, self.step, len(paths)
+        )
+
+    def _delete_orphans(self, known: set[str]) -> None:
+        """Directories of versions that were never committed."""
+        self.config.versions_path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for path in self.config.versions_path.iterdir():
+            if path.name not in known and path.name != "v0":
+                shutil.rmtree(path, ignore_errors=True)
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether the plugin is whole and the trainer, if one is wanted, is there."""
+        return self._hello_came.is_set() and (self.config.no_train or self._peer is not None)
+
+    # Requests
+
+    def route(self, obj: Any) -> list[str]:
+        """Set the adapter of a request (`obj.lora_path`); the names of the versions that will answer it.
+
+        Raises:
+            ValueError: it asks for a version that is not loaded.
+        """
+        if isinstance(obj.lora_path, list):
+            versions = [self._version_of(name) for name in obj.lora_path]
+            obj.lora_path = [self._adapter(version) for version in versions]
+        else:
+            versions = [self._version_of(obj.lora_path)]
+            obj.lora_path = self._adapter(versions[0])
+        names = [f"v{version}" for version in versions]
+        obj.alchemist_version = names[0]
+        return names
+
+    def _version_of(self, name: str | None) -> int:
+        if name is None:
+            return self.live
+        if name in ("base", "v0"):
+            return 0
+        version = int(name[1:]) if name[:1] == "v" and name[1:].isdigit() else -1
+        if version not in self.publisher.loaded:
+            loaded = ", ".join(f"v{v}" for v in sorted(self.publisher.loaded))
+            raise ValueError(
+                f"model {name!r} is not a version of this server; it has: base{', ' + loaded if loaded else ''}"
+            )
+        return version
+
+    def _adapter(self, version: int) -> str | None:
+        return f"v{version}" if version else None
+
+    def saw(self, rid: str, version: str, obj: Any) -> None:
+        """A request has begun to answer: from now on its id may be voted on."""
+        if rid in self._asked or rid in self._recorded:
+            return
+        sampling = obj.sampling_params if isinstance(obj.sampling_params, dict) else {}
+        self._asked[rid] = (int(version[1:]), version, sampling)
+        self.ledger.mark_streaming(rid)
+
+    def _finished(self, message: messages.Finished) -> None:
+        version, model, sampling = self._asked.pop(message.rid, (None, "", {}))
+        if message.rid.startswith(PROBE_PREFIX):
+            return
+        if version is None:
+            by_lora = {lora_id: v for v, lora_id in self.publisher.loaded.items()}
+            version = by_lora.get(message.lora_id or "", 0)
+        self._recorded[message.rid] = message.prompt_recorded
+        if len(self._recorded) > 100_000:
+            self._recorded.pop(next(iter(self._recorded)))
+        aborted = message.finish_reason == "abort"
+        self.ledger.add_completion(
+            Completion(
+                id=message.rid,
+                version=version,
+                prompt_ids=messages.unpack_ids(message.prompt_ids),
+                response_ids=messages.unpack_ids(message.output_ids),
+                response_logprobs=messages.unpack_floats(message.logprobs),
+                model=model,
+                sampling=sampling,
+                finish_reason=message.finish_reason,
+                extra_key=message.extra_key,
+                state="aborted" if aborted else "done",
+            )
+        )
+        self.wake()
+
+    # Messages
+
+    async def _hear_scheduler(self, control: zmq.asyncio.Socket) -> None:
+        while True:
+            data = await control.recv()
+            try:
+                message = messages.decode_to_main(data)
+                if isinstance(message, messages.SchedulerHello):
+                    self._hello = message
+                    self._hello_came.set()
+                elif isinstance(message, messages.Finished):
+                    self._finished(message)
+            except (PeerProtocolError, ValueError):
+                logger.exception("a message of the scheduler was refused")
+
+    async def _hear_trainer(self, socket: zmq.asyncio.Socket) -> None:
+        while True:
+            peer, data = await socket.recv_multipart()
+            try:
+                message = messages.decode_to_main(data)
+            except PeerProtocolError:
+                logger.exception("a message of the trainer was refused")
+                continue
+            if isinstance(message, messages.TrainerHello):
+                await socket.send_multipart([peer, messages.encode(self._welcome())])
+            elif isinstance(message, messages.TrainerReady):
+                self._peer = peer
+                self._wake.set()
+                logger.info(
+                    "trainer %d is ready; it maps %.1f MB of base weights",
+                    message.pid,
+                    message.weights_shared_bytes / 1e6,
+                )
+            elif isinstance(message, messages.StepDone | messages.StepFailed):
+                if self._answer is not None and not self._answer.done():
+                    self._answer.set_result(message)
+
+    def _welcome(self) -> messages.Welcome:
+        assert self._hello is not None
+        return messages.Welcome(
+            config=self.config.to_json().encode(),
+            data_dir=self.config.data_dir,
+            scheduler=self._hello,
+            lease=self.run.lease,
+            rows_address=self.run.rows_address(self._hello.tp_rank) if self._hello.rows else None,
+        )
+
+    def _trainer_ended(self, code: int) -> None:
+        self._peer = None
+        self.lease.reset_trainer()
+        if self._answer is not None and not self._answer.done():
+            self._answer.set_exception(TrainerGone(crashed=code > 0))
+
+    # Training
+
+    def wake(self) -> None:
+        """Something may have become trainable."""
+        self._wake.set()
+
+    async def _train_forever(self) -> None:
+        waiting_since: float | None = None
+        crashes = 0
+        while True:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._wake.wait(), _POLL_S)
+            self._wake.clear()
+            if self.paused or self._peer is None or self.stopping:
+                continue
+            try:
+                pending = await self.ledger.count("pending")
+                if not pending:
+                    waiting_since, self._flush_left = None, 0
+                    continue
+                now = time.monotonic()
+                waiting_since = waiting_since or now
+                is_due = (
+                    pending >= self.config.train_batch_size
+                    or self._flush_left > 0
+                    or now - waiting_since >= self.config.train_max_wait
+                )
+                if not is_due:
+                    continue
+                items = await self.ledger.next_batch(self.config.train_batch_size)
+                await self._train(items)
+                crashes = 0
+                self._flush_left = max(0, self._flush_left - len(items))
+                waiting_since = time.monotonic()
+                self._wake.set()
+            except TrainerGone as error:
+                crashes = crashes + 1 if error.crashed else crashes
+                if crashes >= _MAX_CRASHES:
+                    crashes = 0
+                    reason = f"the trainer ended {_MAX_CRASHES} times on this batch"
+                    await self.ledger.fail_feedback({i.feedback_id: reason for i in items})
+            except Exception as error:
+                # Whatever goes wrong here must not end learning for good, nor touch serving.
+                self.last_error = str(error)
+                logger.exception("a training step did not complete; its votes stay pending")
+                await asyncio.sleep(1.0)
+
+    async def _train(self, items: list[TrainingItem]) -> None:
+        version, step, parent = self._next_version, self.step + 1, self.live
+        request = messages.Train(
+            step=step,
+            parent=parent,
+            version=version,
+            samples=[sample for item in items for sample in self._samples(item)],
+        )
+        assert self._socket is not None
+        assert self._peer is not None
+        self._answer = asyncio.get_running_loop().create_future()
+        self._training = True
+        try:
+            await self._socket.send_multipart([self._peer, messages.encode(request)])
+            answer = await self._answer
+            if isinstance(answer, messages.StepFailed):
+                await self._step_failed(answer, items)
+                return
+            metrics: dict[str, Any] = {
+                **answer.metrics,
+                "tokens_reused": answer.tokens_reused,
+                "tokens_recomputed": answer.tokens_recomputed,
+            }
+            trained = [item.feedback_id for item in items if item.feedback_id not in answer.failed]
+            await self.ledger.commit_step(
+                parent=parent,
+                version=version,
+                step=step,
+                path=answer.path,
+                metrics=metrics,
+                trained=trained,
+                failed=answer.failed,
+            )
+            self._next_version, self.step = version + 1, step
+            self.tokens_reused += answer.tokens_reused
+            self.tokens_recomputed += answer.tokens_recomputed
+            published = time.monotonic()
+            await self._publish(version, answer.path)
+            metrics["publish_s"] = time.monotonic() - published
+            self.last_step = {"step": step, "version": f"v{version}", **metrics}
+            self.last_error = None
+            logger.info("step %d → v%d: %s", step, version, _brief(metrics))
+        finally:
+            self._training = False
+            self._answer = None
+
+    async def _step_failed(self, answer: messages.StepFailed, items: list[TrainingItem]) -> None:
+        self.last_error = answer.reason
+        logger.error("step %d failed: %s", answer.step, answer.reason)
+        if answer.failed:
+            await self.ledger.fail_feedback(answer.failed)
+        else:
+            # Nobody in particular is at fault: try again later rather than at once.
+            await asyncio.sleep(1.0)
+
+    def _samples(self, item: TrainingItem) -> list[messages.TrainSample]:
+        completion = item.completion
+        prompt = messages.pack_ids(completion.prompt_ids)
+        samples: list[messages.TrainSample] = []
+        if item.correction is None or self.config.objective != "sft":
+            samples.append(
+                messages.TrainSample(
+                    feedback_id=item.feedback_id,
+                    label=item.label,
+                    prompt_ids=prompt,
+                    response_ids=messages.pack_ids(completion.response_ids),
+                    version=completion.version,
+                    extra_key=completion.extra_key,
+                )
+            )
+        if item.correction is not None:
+            samples.append(
+                messages.TrainSample(
+                    feedback_id=item.feedback_id,
+                    label=True,
+                    prompt_ids=prompt,
+                    response_ids=messages.pack_ids(self._tokenize(item.correction, completion)),
+                    version=completion.version,
+                    extra_key=completion.extra_key,
+                    is_correction=True,
+                )
+            )
+        return samples
+
+    def _tokenize(self, text: str, completion: Completion) -> list[int]:
+        tokenizer = self._manager.tokenizer
+        ids = list(tokenizer.encode(text, add_special_tokens=False))
+        # The corrected answer ends the way the served one did, if that one ended by itself.
+        end = tokenizer.eos_token_id
+        if completion.finish_reason == "stop" and completion.response_ids:
+            end = completion.response_ids[-1]
+        return [*ids, end] if end is not None else ids
+
+    async def _publish(self, version: int, path: str) -> None:
+        try:
+            difference = await self.publisher.load(version, path)
+        except PublishRefused as error:
+            self.last_error = str(error)
+            logger.error("%s; v%d stays live", error, self.live)
+            await self.ledger.set_version_state(version, "failed", str(error))
+            return
+        await self.ledger.set_version_state(version, "live", None)
+        self.live = version
+        logger.info("v%d is live (probe difference %.2g nats)", version, difference)
+        await self.publisher.retire({version})
+        await self._prune()
+
+    async def _prune(self) -> None:
+        """Delete the directories of versions beyond --keep-versions that nothing needs."""
+        for path in await self.ledger.prune_versions(self._num_kept):
+            await asyncio.to_thread(shutil.rmtree, path, ignore_errors=True)
+
+    # What the API asks
+
+    @property
+    def state(self) -> str:
+        """starting, idle, training, paused or off."""
+        if self.config.no_train:
+            return "off"
+        if self.paused:
+            return "paused"
+        if self._training:
+            return "training"
+        return "idle" if self._peer is not None else "starting"
+
+    async def pause(self) -> None:
+        """No step begins until `resume`; survives a restart. A step under way completes."""
+        self.paused = True
+        await self.ledger.set_setting("paused", True)
+
+    async def resume(self) -> None:
+        self.paused = False
+        await self.ledger.set_setting("paused", False)
+        self.wake()
+
+    async def flush(self) -> None:
+        """Train what is pending now without waiting for a full batch; returns at once."""
+        self._flush_left = await self.ledger.count("pending")
+        self.wake()
+
+    async def promote(self, version: int) -> None:
+        """Make a version live; the next step starts from it.
+
+        Raises:
+            NotFound: no such version. Conflict: it failed or its directory is gone.
+        """
+        found = await self.ledger.get_version(version)
+        if version and version not in self.publisher.loaded:
+            if found.path is None or not Path(found.path).is_dir():
+                raise Conflict(f"version v{version} is no longer kept")
+            try:
+                await self.publisher.load(version, found.path)
+            except PublishRefused as error:
+                raise Conflict(str(error)) from error
+        await self.ledger.set_version_state(version, "live", None)
+        self.live = version
+
+    async def rollback(self) -> None:
+        """Make the live version's nearest servable ancestor live.
+
+        Raises:
+            Conflict: the base model is live.
+        """
+        target = await self.ledger.rollback_target()
+        if target is None:
+            raise Conflict("v0 is live; there is no earlier version")
+        await self.promote(target)
+
+    def num_recorded(self, rid: str) -> int:
+        """Prompt tokens of a completion that had a row when it ended; 0 for one of an earlier run."""
+        return self._recorded.get(rid, 0)
+
+    async def training_status(self) -> dict[str, Any]:
+        """The body of `GET /v1/training`."""
+        counts = {
+            state: await self.ledger.count(state)
+            for state in ("waiting", "pending", "trained", "failed")
+        }
+        reused, recomputed = self.tokens_reused, self.tokens_recomputed
+        latencies = sorted(self.lease.latencies_ms())
+        return {
+            "state": self.state,
+            "step": self.step,
+            "live_version": f"v{self.live}",
+            **counts,
+            "tokens_reused": reused,
+            "tokens_recomputed": recomputed,
+            "reuse_ratio": reused / max(1, reused + recomputed),
+            "objective": self.config.objective,
+            "reference": self.config.reference,
+            "last_step": self.last_step,
+            "last_error": self.last_error,
+            "trainer": {"pid": self.trainer.pid, "restarts": self.trainer.num_restarts},
+            "lease": {
+                "granted": self.lease.is_granted,
+                "trainer_state": self.lease.state.name.lower(),
+                "revocations": self.lease.num_acks,
+                "revoke_p50_ms": _quantile(latencies, 0.5),
+                "revoke_p99_ms": _quantile(latencies, 0.99),
+                "longest_layer_ms": self.lease.layer_max_ms,
+            },
+        }
+
+
+def _quantile(ordered: list[float], q: float) -> float | None:
+    return ordered[min(len(ordered) - 1, int(q * len(ordered)))] if ordered else None
+
+
+def _brief(metrics: dict[str, Any]) -> str:
+    return " ".join(
+        f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in metrics.items()
+    )

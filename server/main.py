@@ -1,0 +1,203 @@
+"""`python -m alchemist.server`: check everything that can be checked, then launch SGLang with the plugin in it."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import socket
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from alchemist.protocol.layout import SUPPORTED_ARCHITECTURES
+from alchemist.protocol.lease import Lease
+from alchemist.server import config as configuration
+from alchemist.server.config import Config
+from alchemist.server.run import Run
+
+logger = logging.getLogger("alchemist")
+
+TINY_MODEL = Path(__file__).parent / "tiny"
+_PREFIX = "alchemist-"
+
+
+class LaunchError(Exception):
+    """A reason not to start, told to the user in one line."""
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Serve until a signal or a dead scheduler; exit status 0 only in the first case."""
+    config, sglang_argv = configuration.parse(sys.argv[1:] if argv is None else argv, os.environ)
+    try:
+        status = _launch(config, sglang_argv)
+    except LaunchError as error:
+        print(f"alchemist: error: {error}", file=sys.stderr)
+        status = 2
+    sys.exit(status)
+
+
+def _launch(config: Config, sglang_argv: list[str]) -> int:
+    from sglang.srt.server_args import prepare_server_args
+
+    sglang_argv = with_defaults(config, sglang_argv)
+    directory = _make_run_directory()
+    try:
+        lease = Lease.create()
+        run = Run(directory=directory, config=config.to_json(), lease=lease.segment.handle)
+        run.publish()
+        # The plugin decides by the run whether to act, so it loads only now.
+        from sglang.srt.plugins import load_plugins
+
+        load_plugins()
+        server_args = prepare_server_args(sglang_argv)
+        _check(config, server_args)
+        return _serve(config, run, lease, server_args)
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+def _serve(config: Config, run: Run, lease: Lease, server_args: Any) -> int:
+    from sglang.srt.entrypoints.http_server import launch_server
+    from sglang.srt.utils import kill_process_tree
+
+    from alchemist.server import hooks, processes
+    from alchemist.server.app import open_ledger
+    from alchemist.server.front import FRONT
+
+    _, missing = hooks.verify(hooks.main_hooks(FRONT))
+    if missing:
+        raise LaunchError("SGLang functions could not be wrapped: " + ", ".join(missing))
+    # Before SGLang starts: a data directory that cannot be used is told within a second.
+    ledger = open_ledger(config)
+    FRONT.begin(run, lease, ledger)
+    logger.info("alchemist configuration: %s", config.to_json())
+    print(f"alchemist configuration: {config.to_json()}", flush=True)
+    try:
+        launch_server(
+            server_args,
+            run_scheduler_process_func=processes.run_scheduler,
+            run_detokenizer_process_func=processes.run_detokenizer,
+        )
+    except KeyboardInterrupt:
+        pass
+    finally:
+        ledger.close()
+        kill_process_tree(os.getpid(), include_parent=False)
+    return FRONT.exit_status
+
+
+def with_defaults(config: Config, argv: list[str]) -> list[str]:
+    """SGLang's arguments with what we need added where the user has not said otherwise."""
+    given = {word.partition("=")[0] for word in argv if word.startswith("--")}
+    flags: dict[str, list[str]] = {}
+    if "--model-path" not in given and "--model" not in given:
+        flags["--model-path"] = [str(TINY_MODEL)]
+        flags["--served-model-name"] = ["alchemist-tiny"]
+    flags["--enable-lora"] = []
+    flags["--max-lora-rank"] = [str(config.lora_rank)]
+    flags["--lora-target-modules"] = list(config.target_modules)
+    flags["--max-loras-per-batch"] = ["4"]
+    # SGLang's own eviction could take the live version; ours runs first, two below this.
+    flags["--max-loaded-loras"] = [str(max(config.keep_versions, config.max_staleness + 1) + 2)]
+    # An idle scheduler that spins would take the time the trainer could use.
+    flags["--sleep-on-idle"] = []
+    if torch.cuda.is_available():
+        # Hooks run in eager prefill only.
+        flags["--disable-prefill-cuda-graph"] = []
+    else:
+        flags["--device"] = ["cpu"]
+        flags["--dtype"] = ["float32"]
+        flags["--attention-backend"] = ["torch_native"]
+        flags["--lora-backend"] = ["torch_native"]
+        flags["--mem-fraction-static"] = ["0.05"]
+        flags["--max-total-tokens"] = ["32768"]
+        flags["--max-running-requests"] = ["16"]
+        flags["--sampling-backend"] = ["pytorch"]
+    extra = [
+        word for flag, values in flags.items() if flag not in given for word in (flag, *values)
+    ]
+    return [*argv, *extra]
+
+
+def _check(config: Config, server_args: Any) -> None:
+    """Everything that would otherwise fail a minute from now, or fail unclearly.
+
+    Raises:
+        LaunchError: says what and what is allowed.
+    """
+    from alchemist.server.routes import require_safe_bind
+
+    try:
+        require_safe_bind(server_args.host, server_args.api_key)
+    except ValueError as error:
+        raise LaunchError(str(error)) from None
+    for name, wanted in (
+        ("tp_size", 1),
+        ("pp_size", 1),
+        ("dp_size", 1),
+        ("tokenizer_worker_num", 1),
+    ):
+        if getattr(server_args, name) != wanted:
+            flag = name.replace("_", "-")
+            raise LaunchError(f"--{flag} is {getattr(server_args, name)}; allowed: {wanted}")
+    if server_args.max_lora_rank < config.lora_rank:
+        raise LaunchError(
+            f"--lora-rank is {config.lora_rank}; allowed: up to --max-lora-rank {server_args.max_lora_rank}"
+        )
+    _check_model(config, server_args.model_path)
+    _check_port(server_args.host, server_args.port)
+    if not config.no_train and server_args.device != "cpu":
+        raise LaunchError(
+            f"training on --device {server_args.device} is not supported yet; "
+            "add --no-train to serve without learning"
+        )
+
+
+def _check_model(config: Config, path: str) -> None:
+    looks_local = path.startswith((".", "/", "~"))
+    if looks_local and not (Path(path).expanduser() / "config.json").is_file():
+        raise LaunchError(f"--model-path {path}: there is no model here (config.json is missing)")
+    if config.no_train:
+        return
+    from transformers import AutoConfig
+
+    try:
+        model = AutoConfig.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise LaunchError(f"--model-path {path}: {first}") from None
+    names = model.architectures or ["unknown"]
+    if names[0] not in SUPPORTED_ARCHITECTURES:
+        raise LaunchError(
+            f"--model-path {path}: architecture {names[0]} cannot be trained; supported: "
+            f"{', '.join(SUPPORTED_ARCHITECTURES)} (or add --no-train to serve it without learning)"
+        )
+
+
+def _check_port(host: str, port: int) -> None:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise LaunchError(f"--port {port}: cannot listen on {host}: {error.strerror}") from None
+
+
+def _make_run_directory() -> str:
+    """A 0700 directory for sockets; those of servers that were killed are removed on the way."""
+    base = Path(tempfile.gettempdir())
+    for old in base.glob(f"{_PREFIX}[0-9]*-*"):
+        pid = old.name.removeprefix(_PREFIX).split("-")[0]
+        if pid.isdigit() and not psutil.pid_exists(int(pid)) and old.owner() == _user():
+            shutil.rmtree(old, ignore_errors=True)
+    return tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-")
+
+
+def _user() -> str:
+    return psutil.Process().username()

@@ -1,0 +1,111 @@
+"""Brings a trained version into service: a new adapter name, a probe, then new requests take it.
+
+Never a reload under an old name (the radix tree would serve the old version's keys and values), never an unload of an
+adapter that a request still uses (SGLang would hold back every load until it is drained).
+"""
+
+from __future__ import annotations
+
+import logging
+import uuid
+from pathlib import Path
+from typing import Any
+
+from alchemist.protocol import manifest
+from alchemist.server.errors import Unavailable
+
+logger = logging.getLogger(__name__)
+
+PROBE_PREFIX = "alchemist-probe-"
+
+
+class PublishRefused(Unavailable):
+    """The engine does not compute with this version what the trainer does."""
+
+
+class Publisher:
+    """Owns which versions are loaded in the engine."""
+
+    def __init__(self, tokenizer_manager: Any, keep: int, tolerance: float) -> None:
+        """Args:
+        keep: loaded versions beyond which idle old ones are unloaded.
+        tolerance: largest mean |difference| of the probe's logprobs, nats per token.
+        """
+        self._manager = tokenizer_manager
+        self._keep = keep
+        self._tolerance = tolerance
+        self.loaded: dict[int, str] = {}
+        """version → lora_id."""
+
+    async def load(self, version: int, path: str) -> float:
+        """Load and prove a version; the largest probe difference seen, in nats.
+
+        Raises:
+            PublishRefused: the adapter did not load or the probe disagrees; it is not loaded afterwards.
+        """
+        from sglang.srt.managers.io_struct import LoadLoRAAdapterReqInput
+
+        name = f"v{version}"
+        result = await self._manager.load_lora_adapter(
+            LoadLoRAAdapterReqInput(lora_name=name, lora_path=path)
+        )
+        if not result.success:
+            raise PublishRefused(f"version {name} did not load: {result.error_message}")
+        proof = manifest.decode((Path(path) / manifest.FILE).read_bytes())
+        difference = await self.probe(name, proof)
+        if not difference <= self._tolerance:
+            await self._unload(name)
+            raise PublishRefused(
+                f"version {name}: the engine's logprobs of the probe differ from the trainer's by "
+                f"{difference:.4f} nats per token, more than --probe-tolerance {self._tolerance}"
+            )
+        self.loaded[version] = self._manager.lora_ref_cache[name].lora_id
+        return difference
+
+    async def probe(self, name: str, proof: manifest.Manifest) -> float:
+        """Mean |difference| in nats between the engine's and the trainer's logprobs of the probe tokens."""
+        from sglang.srt.managers.io_struct import GenerateReqInput
+
+        request = GenerateReqInput(
+            rid=PROBE_PREFIX + uuid.uuid4().hex,
+            input_ids=proof.probe_ids,
+            sampling_params={"max_new_tokens": 1, "temperature": 0.0},
+            return_logprob=True,
+            logprob_start_len=0,
+            lora_path=name,
+        )
+        out: dict[str, Any] = {}
+        async for answer in self._manager.generate_request(request, None):
+            out = answer
+        # The first entry has no predecessor and no logprob.
+        served = [entry[0] for entry in out["meta_info"]["input_token_logprobs"][1:]]
+        pairs = list(zip(served, proof.probe_logprobs, strict=True))
+        return sum(abs(a - b) for a, b in pairs) / max(1, len(pairs))
+
+    async def retire(self, keep: set[int]) -> list[int]:
+        """Unload the oldest idle versions until at most `keep` remain loaded; which ones went.
+
+        Args:
+            keep: versions that stay whatever their age (the live one).
+        """
+        gone: list[int] = []
+        for version in sorted(self.loaded):
+            if len(self.loaded) <= self._keep:
+                break
+            if version in keep or self._num_users(self.loaded[version]):
+                continue
+            await self._unload(f"v{version}")
+            del self.loaded[version]
+            gone.append(version)
+        return gone
+
+    def _num_users(self, lora_id: str) -> int:
+        counter = self._manager.lora_registry._counters.get(lora_id)
+        return int(counter.value()) if counter is not None else 0
+
+    async def _unload(self, name: str) -> None:
+        from sglang.srt.managers.io_struct import UnloadLoRAAdapterReqInput
+
+        result = await self._manager.unload_lora_adapter(UnloadLoRAAdapterReqInput(lora_name=name))
+        if not result.success:
+            logger.warning("version %s was not unloaded: %s", name, result.error_message)

@@ -1,0 +1,115 @@
+"""Records activations of prefill tokens into the activation pool, from hooks on the model's submodules.
+
+Per decoder layer five tensors pass by that the backward pass needs (see `protocol.layout`); each is copied at once,
+because SGLang's fused norms write into their inputs. Decode batches are not recorded: a hook then costs one test.
+A token that cannot be recorded is simply computed again by the trainer; nothing here can fail a request.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from alchemist.protocol.layout import RowLayout
+from alchemist.server.pool import ActivationPool
+
+logger = logging.getLogger(__name__)
+
+
+class Recorder:
+    """Fills `pool` during the forward passes of one model runner."""
+
+    def __init__(self, model: torch.nn.Module, layout: RowLayout, pool: ActivationPool) -> None:
+        """Args:
+        model: SGLang's causal LM; LoRA wrappers, if any, already in place.
+        """
+        self._pool = pool
+        self._rows: torch.Tensor | None = None
+        self._first: int | None = None
+        self._count = 0
+        self.num_recorded = 0
+        q = layout.num_heads * layout.head_dim
+        k = layout.num_kv_heads * layout.head_dim
+        for index, layer in enumerate(model.model.layers):
+            columns = {
+                name: pool.data[index].narrow(1, offset, width)
+                for name, (offset, width) in layout.fields.items()
+            }
+            write = self._write
+            layer.input_layernorm.register_forward_hook(_residual(write, columns["x"]))
+            layer.post_attention_layernorm.register_forward_hook(_residual(write, columns["mid"]))
+            layer.self_attn.qkv_proj.register_forward_hook(
+                _qkv(write, columns["q"], columns.get("k"), q, k)
+            )
+            layer.self_attn.o_proj.register_forward_pre_hook(_input(write, columns["attn"]))
+            layer.mlp.gate_up_proj.register_forward_hook(_output(write, columns["gate_up"]))
+
+    def begin(self, slots: torch.Tensor) -> None:
+        """A prefill forward starts; its token i writes K/V slot `slots[i]`."""
+        try:
+            rows = self._pool.alloc(slots)
+        except Exception:
+            logger.exception("activation pool: allocation failed; this batch is not recorded")
+            rows = None
+        if rows is None:
+            return
+        self._count = rows.numel()
+        self._rows = rows
+        first = int(rows[0])
+        # A run of neighbouring rows is one plain copy, several times faster than a scatter.
+        self._first = first if bool((rows.diff() == 1).all()) else None
+        self.num_recorded += self._count
+
+    def end(self) -> None:
+        self._rows = None
+
+    def _write(self, column: torch.Tensor, value: torch.Tensor) -> None:
+        """Copy [≥ n, width] activations of this batch's tokens into a column of the pool."""
+        rows = self._rows
+        if rows is None:
+            return
+        value = value[: self._count]
+        if self._first is not None:
+            column[self._first : self._first + self._count].copy_(value)
+        else:
+            column.index_copy_(0, rows, value)
+
+
+_Write = Callable[[torch.Tensor, torch.Tensor], None]
+_Hook = Callable[..., None]
+
+
+def _residual(write: _Write, column: torch.Tensor) -> _Hook:
+    def hook(module: Any, args: Any, output: Any) -> None:
+        # norm(x) → normed, at the bottom of the stack; norm(y, residual) → (normed, y + residual) above.
+        write(column, output[1] if isinstance(output, tuple) else args[0])
+
+    return hook
+
+
+def _qkv(
+    write: _Write, q_column: torch.Tensor, k_column: torch.Tensor | None, q: int, k: int
+) -> _Hook:
+    def hook(module: Any, args: Any, output: Any) -> None:
+        write(q_column, output[0][:, :q])
+        if k_column is not None:
+            write(k_column, output[0][:, q : q + k])
+
+    return hook
+
+
+def _input(write: _Write, column: torch.Tensor) -> _Hook:
+    def hook(module: Any, args: Any) -> None:
+        write(column, args[0])
+
+    return hook
+
+
+def _output(write: _Write, column: torch.Tensor) -> _Hook:
+    def hook(module: Any, args: Any, output: Any) -> None:
+        write(column, output[0])
+
+    return hook

@@ -1,0 +1,330 @@
+"""The trainer process: takes batches of votes, makes versions.
+
+It holds the LoRA masters and the optimizer state, and maps everything else: the base weights, the KV pool and the
+recorded rows are the server's own memory. It commits nothing: a step's result is a directory on disk and an answer; the
+server decides what becomes of both. It may be killed at any instant.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import msgspec
+import zmq
+from transformers import AutoConfig
+
+from alchemist.protocol import messages
+from alchemist.protocol.lease import Gate, Lease, TrainerState
+from alchemist.protocol.manifest import Manifest
+from alchemist.protocol.tensors import Importer
+from alchemist.trainer.families import ModelShape
+from alchemist.trainer.lora import LoraAdapter, LoraConfig
+from alchemist.trainer.optimizer import Optimizer, OptimizerConfig
+from alchemist.trainer.rowdesk import RowDesk
+from alchemist.trainer.rows import ActivationView, Recorded
+from alchemist.trainer.step import Objective, ReplayEngine, Sample, VersionGroup
+from alchemist.trainer.versions import VersionStore
+from alchemist.trainer.weights import BaseWeights
+
+logger = logging.getLogger(__name__)
+
+PROBE_TOKENS = 64
+
+
+class Settings(msgspec.Struct, frozen=True, kw_only=True):
+    """The server's configuration as far as the trainer needs it; same names, see `server.config.Config`."""
+
+    objective: str
+    lora_rank: int
+    lora_alpha: float
+    target_modules: tuple[str, ...]
+    learning_rate: float
+    optimizer: str
+    weight_decay: float
+    beta: float
+    desirable_weight: float
+    undesirable_weight: float
+    reference: str
+    max_grad_norm: float
+    max_staleness: int
+    seed: int
+
+
+class SampleError(ValueError):
+    """A sample that cannot be trained; the message says why."""
+
+
+class Worker:
+    """One trainer, from the server's welcome on."""
+
+    def __init__(
+        self, welcome: messages.Welcome, context: zmq.Context[zmq.Socket[bytes]], server_pid: int
+    ) -> None:
+        self.settings = settings = msgspec.json.decode(welcome.config, type=Settings)
+        hello = welcome.scheduler
+        config = AutoConfig.from_pretrained(hello.model_path, trust_remote_code=False)
+        self.shape = ModelShape.from_config(config)
+        self._max_tokens: int = config.max_position_embeddings
+        importer = Importer()
+        tensors = {name: importer.open(handle) for name, handle in hello.weights.items()}
+        self.shared_bytes = sum(t.numel() * t.element_size() for t in tensors.values())
+        self.lease = Lease.attach(welcome.lease)
+        self.gate = Gate(self.lease, alive=lambda: os.getppid() == server_pid)
+        view = None
+        self.desk: RowDesk | None = None
+        if hello.rows and hello.row_gen is not None and welcome.rows_address is not None:
+            view = ActivationView(
+                hello.layout,
+                [importer.open(handle) for handle in hello.rows],
+                [importer.open(handle) for handle in hello.k],
+                [importer.open(handle) for handle in hello.v],
+                importer.open(hello.row_gen),
+            )
+            self.desk = RowDesk(context, welcome.rows_address)
+        weights = BaseWeights(tensors, self.shape)
+        self.engine = ReplayEngine(weights, self.shape, view=view, gate=self.gate)
+        self.dtype = weights.dtype
+        self.objective = Objective(
+            name=settings.objective,  # type: ignore[arg-type]
+            beta=settings.beta,
+            desirable_weight=settings.desirable_weight,
+            undesirable_weight=settings.undesirable_weight,
+            reference=settings.reference,  # type: ignore[arg-type]
+        )
+        self.store = VersionStore(Path(welcome.data_dir) / "versions", hello.model_path)
+        self._served: dict[int, LoraAdapter] = {}
+        self._masters: LoraAdapter | None = None
+        self._optimizer: Optimizer | None = None
+        self._masters_of = -1
+        if not self.store.exists(0):
+            self._make_v0()
+        self.lease.set_state(TrainerState.IDLE)
+
+    def _make_v0(self) -> None:
+        """The base model as an adapter: A as PEFT initialises it, B zero. Every first step starts from it."""
+        config = LoraConfig(
+            rank=self.settings.lora_rank,
+            alpha=self.settings.lora_alpha,
+            target_modules=self.settings.target_modules,
+        )
+        masters = LoraAdapter.init(self.shape, config, self.settings.seed)
+        proof = Manifest(version=0, parent=None, step=0, probe_ids=[], probe_logprobs=[])
+        self.store.save(proof, masters, self._make_optimizer(masters))
+
+    def _make_optimizer(self, masters: LoraAdapter) -> Optimizer:
+        config = OptimizerConfig(
+            name=self.settings.optimizer,
+            learning_rate=self.settings.learning_rate,
+            weight_decay=self.settings.weight_decay,
+            max_grad_norm=self.settings.max_grad_norm,
+        )
+        return Optimizer(masters.weights, config)
+
+    # One step
+
+    def train(self, request: messages.Train) -> messages.StepDone | messages.StepFailed:
+        """Do one step. Failures of samples or of the whole step are answers, not exceptions."""
+        self.gate.start()
+        self.lease.set_state(TrainerState.RUNNING)
+        try:
+            return self._train(request)
+        except (ArithmeticError, ValueError, OSError) as error:
+            logger.exception("step %d failed", request.step)
+            # The masters may be half a step ahead: start again from the directory.
+            self._masters_of = -1
+            return messages.StepFailed(
+                step=request.step, reason=f"{type(error).__name__}: {error}", failed={}
+            )
+        finally:
+            self.lease.set_state(TrainerState.IDLE)
+
+    def _train(self, request: messages.Train) -> messages.StepDone | messages.StepFailed:
+        started = time.perf_counter()
+        waited_before = self.gate.waited_s
+        self.gate()
+        masters, optimizer = self._state_of(request.parent)
+        good, failed = self._sort_out(request.samples)
+        if not good:
+            return messages.StepFailed(
+                step=request.step, reason="no sample can be trained", failed=failed
+            )
+        versions = [self._differentiate_at(sample, request.parent) for sample in good]
+        ticket, recorded = self._check_out(good, versions)
+        groups = [
+            VersionGroup(
+                self._as_served(version),
+                [
+                    _sample(sample, rows)
+                    for sample, rows, of in zip(good, recorded, versions, strict=True)
+                    if of == version
+                ],
+            )
+            for version in sorted(set(versions))
+        ]
+        checked_out = time.perf_counter()
+        try:
+            result = self.engine.step_gradients(groups, self.objective)
+        finally:
+            if ticket is not None and self.desk is not None:
+                self.desk.check_in(ticket)
+        if not math.isfinite(result.loss):
+            raise FloatingPointError(f"the loss is {result.loss}")
+        before_update = time.perf_counter()
+        grad_norm = optimizer.step(result.grads)
+        served = masters.as_served(self.dtype)
+        after_update = time.perf_counter()
+        metrics = {
+            "loss": result.loss,
+            "grad_norm": grad_norm,
+            **result.metrics,
+            "num_samples": float(len(good)),
+            "num_stale": float(sum(s.version != v for s, v in zip(good, versions, strict=True))),
+            "tokens_reference": float(result.tokens_reference),
+            "rows_revoked": float(result.rows_revoked),
+            "check_out_s": checked_out - started,
+            **{f"{phase}_s": seconds for phase, seconds in result.seconds.items()},
+            "optimizer_s": after_update - before_update,
+            "lease_wait_s": self.gate.waited_s - waited_before,
+        }
+        probe_ids, probe_logprobs = self._probe(good, served)
+        proof = Manifest(
+            version=request.version,
+            parent=request.parent,
+            step=request.step,
+            probe_ids=probe_ids,
+            probe_logprobs=probe_logprobs,
+            metrics=metrics,
+        )
+        path = self.store.save(proof, masters, optimizer)
+        self._masters_of = request.version
+        self._served[request.version] = served
+        metrics["save_s"] = time.perf_counter() - after_update
+        metrics["step_s"] = time.perf_counter() - started
+        return messages.StepDone(
+            step=request.step,
+            version=request.version,
+            path=str(path),
+            metrics=metrics,
+            failed=failed,
+            tokens_reused=result.tokens_reused,
+            tokens_recomputed=result.tokens_recomputed,
+        )
+
+    def _state_of(self, version: int) -> tuple[LoraAdapter, Optimizer]:
+        """Masters and optimizer state of a version, in memory when they are the ones of the last step."""
+        if self._masters_of != version or self._masters is None or self._optimizer is None:
+            self._masters = self.store.load(version, self.shape)
+            self._optimizer = self._make_optimizer(self._masters)
+            self.store.load_optimizer(version, self._optimizer)
+            self._masters_of = version
+        # Until the step's directory is on disk, memory and disk differ: a failure reloads.
+        self._masters_of = -1
+        return self._masters, self._optimizer
+
+    def _as_served(self, version: int) -> LoraAdapter:
+        """The adapter that answered for a version, in the serving dtype."""
+        if version not in self._served:
+            self._served[version] = self.store.load(version, self.shape).as_served(self.dtype)
+        adapter = self._served.pop(version)
+        self._served[version] = adapter
+        while len(self._served) > self.settings.max_staleness + 2:
+            self._served.pop(next(iter(self._served)))
+        return adapter
+
+    def _differentiate_at(self, sample: messages.TrainSample, parent: int) -> int:
+        """The version whose weights the sample's gradient is taken at: its own, unless too old or gone."""
+        is_near = 0 <= parent - sample.version <= self.settings.max_staleness
+        return sample.version if is_near and self.store.exists(sample.version) else parent
+
+    def _sort_out(
+        self, samples: Sequence[messages.TrainSample]
+    ) -> tuple[list[messages.TrainSample], dict[str, str]]:
+        good: list[messages.TrainSample] = []
+        failed: dict[str, str] = {}
+        for sample in samples:
+            try:
+                self._check_sample(sample)
+                good.append(sample)
+            except SampleError as error:
+                failed[sample.feedback_id] = str(error)
+        return [sample for sample in good if sample.feedback_id not in failed], failed
+
+    def _check_sample(self, sample: messages.TrainSample) -> None:
+        prompt, response = (
+            messages.unpack_ids(ids) for ids in (sample.prompt_ids, sample.response_ids)
+        )
+        if not prompt or not response:
+            raise SampleError("the completion has no tokens to learn from")
+        if self.objective.name == "sft" and not sample.label:
+            raise SampleError("objective sft learns from up-votes and corrections only")
+        limit = self._max_tokens
+        if len(prompt) + len(response) > limit:
+            raise SampleError(f"{len(prompt) + len(response)} tokens; the model takes {limit}")
+        if not all(0 <= token < self.shape.vocab_size for token in (*prompt, *response)):
+            raise SampleError(f"a token id is outside the vocabulary of {self.shape.vocab_size}")
+
+    def _check_out(
+        self, samples: Sequence[messages.TrainSample], versions: Sequence[int]
+    ) -> tuple[int | None, list[Recorded | None]]:
+        """Recorded rows of each sample's prompt, for those differentiated at the version that served them."""
+        rows: list[Recorded | None] = [None] * len(samples)
+        own = [i for i, sample in enumerate(samples) if sample.version == versions[i]]
+        if self.desk is None or not own:
+            return None, rows
+        ticket, found = self.desk.check_out(
+            [(samples[i].extra_key, samples[i].prompt_ids) for i in own]
+        )
+        for i, recorded in zip(own, found, strict=True):
+            rows[i] = recorded
+        return ticket, rows
+
+    def _probe(
+        self, samples: Sequence[messages.TrainSample], served: LoraAdapter
+    ) -> tuple[list[int], list[float]]:
+        """Tokens for the engine to prove the new version on, and our logprobs of all but the first."""
+        ids = [
+            *messages.unpack_ids(samples[0].prompt_ids),
+            *messages.unpack_ids(samples[0].response_ids),
+        ]
+        ids = ids[:PROBE_TOKENS]
+        logprobs = self.engine.score([(ids[:1], ids[1:])], served)[0]
+        return ids, [float(value) for value in logprobs]
+
+
+def _sample(sample: messages.TrainSample, recorded: Recorded | None) -> Sample:
+    return Sample(
+        prompt_ids=messages.unpack_ids(sample.prompt_ids),
+        response_ids=messages.unpack_ids(sample.response_ids),
+        label=sample.label,
+        weight=sample.weight,
+        recorded=recorded,
+    )
+
+
+def run(address: str) -> None:
+    """Say hello at `address` and serve until told to stop or the server is gone."""
+    server_pid = os.getppid()
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    socket = context.socket(zmq.DEALER)
+    socket.setsockopt(zmq.LINGER, 1000)
+    socket.connect(address)
+    socket.send(messages.encode(messages.TrainerHello(pid=os.getpid())))
+    worker: Worker | None = None
+    while os.getppid() == server_pid:
+        if not socket.poll(500):
+            continue
+        message = messages.decode_to_trainer(socket.recv())
+        if isinstance(message, messages.Stop):
+            break
+        if isinstance(message, messages.Welcome):
+            worker = Worker(message, context, server_pid)
+            ready = messages.TrainerReady(pid=os.getpid(), weights_shared_bytes=worker.shared_bytes)
+            socket.send(messages.encode(ready))
+        elif isinstance(message, messages.Train) and worker is not None:
+            socket.send(messages.encode(worker.train(message)))
+    context.destroy(linger=1000)
