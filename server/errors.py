@@ -7,6 +7,7 @@ AlchemistError
 │   ├── MethodNotAllowed       405
 │   ├── Conflict               409  the object's state does not allow it
 │   ├── TooLarge               413
+│   ├── UnsupportedMedia       415
 │   ├── Unauthorized           401  no key, or a wrong one
 │   └── Forbidden              403  the key, if any, does not open this route
 ├── LedgerError                the data directory
@@ -81,6 +82,11 @@ class Conflict(UserError):
 class TooLarge(UserError):
     status = 413
     default_code = "body_too_large"
+
+
+class UnsupportedMedia(UserError):
+    status = 415
+    default_code = "unsupported_media_type"
 
 
 class Unauthorized(UserError):
