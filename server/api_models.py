@@ -21,9 +21,9 @@ def _rating(value: object) -> object:
 
 
 def _storable(value: dict[str, Any]) -> dict[str, Any]:
-    # Infinities, NaN and very long integers do not come back as they went in.
+    # Infinities and NaN do not come back as they went in.
     if msgspec.json.decode(msgspec.json.encode(value)) != value:
-        raise ValueError("must hold numbers that are finite and fit in 64 bits")
+        raise ValueError("must hold finite numbers")
     return value
 
 

@@ -147,7 +147,6 @@ async def test_create_replace_get_delete(client: httpx.AsyncClient, service: Ser
         ({"tags": ["a"] * 65}, "tags"),
         ({"user": ["x"]}, "user"),
         ({"metadata": [1]}, "metadata"),
-        ({"metadata": {"n": 2**80 + 1}}, "metadata"),
         ({"metadata": {"a": [{"n": float("inf")}]}}, "metadata"),
         ({"id": "../../etc"}, "id"),
         ({"surprise": 1}, "surprise"),
