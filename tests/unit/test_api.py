@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import openai
 import pytest
 from fastapi import FastAPI
 
@@ -388,3 +389,23 @@ async def test_bodies_are_json_all_the_way(client: httpx.AsyncClient) -> None:
     assert response.headers["content-type"] == "application/json"
     stored = await client.get(f"/v1/feedback/{response.json()['id']}")
     assert json.loads(stored.content)["metadata"] == vote["metadata"]
+
+
+async def test_the_openai_client_can_vote(service: Service) -> None:
+    app = FastAPI()
+    app.include_router(build_router(service))
+    http = httpx.AsyncClient(transport=httpx.ASGITransport(app))
+    async with openai.AsyncOpenAI(
+        base_url="http://test/v1", api_key="none", http_client=http, max_retries=0
+    ) as client:
+        body = {"completion_id": "c0", "rating": "up"}
+        vote = await client.post("/feedback", body=body, cast_to=dict[str, object])
+        assert (vote["object"], vote["state"]) == ("feedback", "pending")
+        versions = await client.get("/versions", cast_to=dict[str, object])
+        assert versions["object"] == "list"
+        with pytest.raises(openai.NotFoundError) as caught:
+            await client.get("/feedback/nope", cast_to=dict[str, object])
+        assert caught.value.code == "not_found"
+        with pytest.raises(openai.UnprocessableEntityError) as refused:
+            await client.post("/feedback", body={**body, "rating": "?"}, cast_to=dict[str, object])
+        assert refused.value.param == "rating"

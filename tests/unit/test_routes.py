@@ -11,7 +11,14 @@ from starlette.routing import Mount
 from alchemist.server.api import build_router
 from alchemist.server.config import Config
 from alchemist.server.ledger import Ledger
-from alchemist.server.routes import ROUTES, RouteClass, RouteGuard, require_safe_bind, walk
+from alchemist.server.routes import (
+    ROUTES,
+    RouteClass,
+    RouteGuard,
+    leave_auth_to_guard,
+    require_safe_bind,
+    walk,
+)
 
 
 @pytest.fixture(scope="module")
@@ -133,6 +140,26 @@ def client_of(app: FastAPI) -> httpx.AsyncClient:
 async def test_the_admin_key_does_not_leak_through_server_info() -> None:
     async with client_of(small_app(None, "a")) as client:
         assert (await client.get("/server_info")).status_code == 403
+
+
+async def test_sglangs_own_check_does_not_contradict_the_guard(monkeypatch) -> None:
+    from sglang.srt.utils import auth
+
+    app = small_app("u", "a")
+    auth.add_api_key_middleware(app, api_key="u", admin_api_key="a")
+    original = auth.decide_request_auth
+    monkeypatch.setattr(
+        auth,
+        "decide_request_auth",
+        lambda *args, **kwargs: leave_auth_to_guard(original, *args, **kwargs),
+    )
+    async with client_of(app) as client:
+        admin = {"authorization": "Bearer a"}
+        for path in (USER, CONTROL, ADMIN):
+            assert (await client.post(path, headers=admin)).status_code == 200
+        refused = await client.post(USER)
+        assert refused.status_code == 401
+        assert refused.json()["error"]["code"] == "invalid_api_key"
 
 
 async def test_schemes_and_other_methods() -> None:
