@@ -49,7 +49,10 @@ class FeedbackRequest(BaseModel):
 
 def invalid_fields(problems: Sequence[Any]) -> InvalidRequest:
     """From pydantic's errors: every field in the message, the first in `param`. Never the values."""
-    named = [(".".join(map(str, _place(p["loc"]))), p["msg"]) for p in problems]
+    named = [
+        (".".join(map(str, _place(p["loc"]))), p["msg"].removeprefix("Value error, "))
+        for p in problems
+    ]
     message = "; ".join(f"{field}: {text}" if field else text for field, text in named)
     return InvalidRequest(message, named[0][0] or None)
 
