@@ -76,7 +76,6 @@ def _serve(config: Config, run: Run, lease: Lease, server_args: Any) -> int:
     ledger = open_ledger(config)
     FRONT.begin(run, lease, ledger)
     logger.info("alchemist configuration: %s", config.to_json())
-    print(f"alchemist configuration: {config.to_json()}", flush=True)
     try:
         launch_server(
             server_args,

@@ -1,0 +1,32 @@
+# setup, serve, test, check: each does what it needs first.
+PYTHON ?= python3
+BIN := .venv/bin
+ARGS ?=
+
+.PHONY: setup serve test test-slow check format clean
+
+setup: ## virtual environment with everything
+	@PYTHON=$(PYTHON) scripts/setup.sh dev
+
+serve: ## serve the embedded model on 127.0.0.1:30000; make serve ARGS="--model-path M"
+	@PYTHON=$(PYTHON) scripts/setup.sh run
+	$(BIN)/python -m alchemist.server $(ARGS)
+
+test: setup ## all tests but the slow ones
+	$(BIN)/python -m pytest -m "not slow and not gpu" $(ARGS)
+
+test-slow: setup ## soak and kill tests
+	$(BIN)/python -m pytest -m "slow" $(ARGS)
+
+check: setup ## lint, format, types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	@mkdir -p .mypy_src/alchemist && for d in protocol server trainer kernels; do ln -sfn ../../$$d .mypy_src/alchemist/$$d; done
+	MYPYPATH=.mypy_src $(BIN)/mypy -p alchemist.protocol -m alchemist.server.config -m alchemist.server.pool
+
+format: setup
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:
+	rm -rf .venv .mypy_src build *.egg-info

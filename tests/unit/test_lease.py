@@ -1,0 +1,111 @@
+"""The lease: granted exactly when nobody is busy; revocations are acknowledged and timed; nobody holds it when dead."""
+
+import os
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from alchemist.protocol.errors import PeerProtocolError
+from alchemist.protocol.lease import Gate, Lease, TrainerState
+from alchemist.protocol.shm import create
+
+
+@pytest.mark.parametrize("front", [0, 3])
+@pytest.mark.parametrize("engine", [False, True])
+def test_granted_exactly_when_both_sides_are_idle(front, engine):
+    lease = Lease.create()
+    lease.set_front_busy(front)
+    lease.set_engine_busy(engine)
+    assert Lease.attach(lease.segment.handle).is_granted is (front == 0 and not engine)
+
+
+def test_waiting_trainer_wakes_when_the_last_side_becomes_idle():
+    lease = Lease.create()
+    peer = Lease.attach(lease.segment.handle)
+    lease.set_front_busy(1)
+    lease.set_engine_busy(True)
+    woke = threading.Event()
+    thread = threading.Thread(target=lambda: peer.wait(30) and woke.set())
+    thread.start()
+    lease.set_front_busy(0)
+    assert not woke.wait(0.2)
+    started = time.monotonic()
+    lease.set_engine_busy(False)
+    assert woke.wait(5)
+    assert time.monotonic() - started < 1.0
+    thread.join()
+
+
+def test_wait_gives_up_after_its_timeout():
+    lease = Lease.create()
+    lease.set_front_busy(1)
+    started = time.monotonic()
+    assert lease.wait(0.1) is False
+    assert 0.1 <= time.monotonic() - started < 2
+
+
+def test_gate_acknowledges_a_revocation_with_its_latency_and_returns_after_the_grant():
+    lease = Lease.create()
+    gate = Gate(lease, alive=lambda: True)
+    gate.start()
+    gate()
+    assert lease.num_acks == 0
+    lease.set_engine_busy(True)
+    thread = threading.Thread(target=gate)
+    thread.start()
+    while lease.state is not TrainerState.YIELDED:
+        assert thread.is_alive()
+    lease.set_engine_busy(False)
+    thread.join(5)
+    assert not thread.is_alive()
+    assert lease.num_acks == 1
+    assert 0 <= lease.latencies_ms()[0] < 5000
+    assert lease.state is TrainerState.RUNNING
+    assert gate.waited_s > 0
+
+
+def test_a_revocation_before_the_work_began_has_no_latency():
+    lease = Lease.create()
+    lease.set_engine_busy(True)
+    gate = Gate(lease, alive=lambda: True)
+    gate.start()
+    threading.Timer(0.05, lease.set_engine_busy, [False]).start()
+    gate()
+    assert lease.num_acks == 0
+
+
+def test_a_gate_of_an_orphan_ends_its_process():
+    lease = Lease.create()
+    lease.set_engine_busy(True)
+    code = (
+        "import msgspec, sys\n"
+        "from alchemist.protocol.lease import Lease, Gate\n"
+        "from alchemist.protocol.shm import SegmentHandle\n"
+        "lease = Lease.attach(msgspec.json.decode(sys.argv[1], type=SegmentHandle))\n"
+        "Gate(lease, alive=lambda: False)()\n"
+        "sys.exit(3)\n"
+    )
+    import msgspec
+
+    handle = msgspec.json.encode(lease.segment.handle).decode()
+    assert subprocess.run([sys.executable, "-c", code, handle], timeout=60).returncode == 0
+
+
+def test_a_dead_trainer_holds_nothing():
+    lease = Lease.create()
+    lease.set_state(TrainerState.RUNNING)
+    lease.reset_trainer()
+    assert lease.state is TrainerState.DETACHED
+    lease.set_front_busy(1)
+    lease.set_front_busy(0)
+    assert lease.is_granted
+
+
+def test_only_a_control_block_is_attached():
+    segment = create("other", 1 << 16)
+    with pytest.raises(PeerProtocolError, match="control block"):
+        Lease.attach(segment.handle)
+    assert os.getpid() == segment.handle.pid
