@@ -276,3 +276,34 @@ def test_kill_at_any_instant_loses_no_acknowledged_vote(tmp_path: Path) -> None:
     assert set(trained) == {i for i, state in stored.items() if state == "trained"}
     assert {s.step for s in ledger.steps().result()} == set(by_version) - {0}
     ledger.close()
+
+
+def test_an_answer_comes_after_the_commit(ledger: Ledger) -> None:
+    ledger.add_completion(completion())
+    hold = threading.Event()
+    ledger._store.write(lambda db: hold.wait(10))
+    answer = ledger.put_feedback(Vote(completion_id="c1", rating=1))
+    seen: list[int] = []
+
+    def look(future: object) -> None:
+        # Runs in the thread that answers, at that instant; another connection sees only what is committed.
+        other = sqlite3.connect(ledger.directory / "ledger.sqlite3")
+        seen.append(other.execute("SELECT count(*) FROM feedback").fetchone()[0])
+        other.close()
+
+    answer.future.add_done_callback(look)
+    hold.set()
+    answer.result()
+    ledger.close()
+    assert seen == [1]
+
+
+def test_commits_are_synced(ledger: Ledger) -> None:
+    def pragma(name: str) -> object:
+        query = f"PRAGMA {name}"
+        return ledger._store.write(lambda db: db.execute(query).fetchone()[0]).result()
+
+    full = 2
+    assert (pragma("journal_mode"), pragma("synchronous"), pragma("foreign_keys")) == (
+        *("wal", full, 1),
+    )
