@@ -59,6 +59,9 @@ class Service(Protocol):
     def num_recorded(self, rid: str) -> int:
         """Prompt tokens of a completion that have recorded activations."""
 
+    async def settle(self, rid: str) -> None:
+        """Wait a moment for a completion whose answer was just given to be stored."""
+
     async def training_status(self) -> dict[str, Any]:
         """The body of `GET /v1/training`."""
 
@@ -155,6 +158,7 @@ def _add_feedback(router: APIRouter, service: Service) -> None:
 
     @router.get("/v1/completions/{completion_id}/receipt")
     async def get_receipt(completion_id: str, tokens: bool = False) -> Any:
+        await service.settle(completion_id)
         completion = await ledger.get_completion(completion_id)
         votes, _ = await ledger.list_feedback(completion_id=completion_id, limit=100)
         recorded = service.num_recorded(completion_id)

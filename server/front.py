@@ -87,13 +87,19 @@ class Front:
                 yield out
             return
         versions = learner.route(obj)
-        with self._busy():
-            async for out in original(manager, obj, request):
-                for index, item in enumerate(out if isinstance(out, list) else [out]):
-                    version = versions[index % len(versions)]
-                    item["meta_info"]["weight_version"] = version
-                    learner.saw(item["meta_info"]["id"], version, obj)
-                yield out
+        rids: set[str] = set()
+        try:
+            with self._busy():
+                async for out in original(manager, obj, request):
+                    for index, item in enumerate(out if isinstance(out, list) else [out]):
+                        version = versions[index % len(versions)]
+                        item["meta_info"]["weight_version"] = version
+                        learner.saw(item["meta_info"]["id"], version, obj)
+                        rids.add(item["meta_info"]["id"])
+                    yield out
+        finally:
+            for rid in rids:
+                learner.forget(rid)
 
     @contextlib.contextmanager
     def _busy(self) -> Any:

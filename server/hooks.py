@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 from alchemist.server.engine import Engine
+from alchemist.server.routes import leave_auth_to_guard
 
 _S = "sglang.srt"
 
@@ -95,6 +96,8 @@ def main_hooks(front: Any) -> list[Hook]:
     """The hooks of the HTTP process; `front` is `front.Front`."""
     serving = f"{_S}.entrypoints.openai"
     return [
+        # One judge of keys: ours knows our routes, and answers in OpenAI's envelope.
+        Hook(f"{_S}.utils.auth.decide_request_auth", "AROUND", leave_auth_to_guard),
         # Our routes, guard and tasks join the app before uvicorn runs it.
         Hook(f"{_S}.entrypoints.http_server._setup_and_run_http_server", "BEFORE", front.on_setup),
         # Every request passes here: it is given its version and revokes the lease.

@@ -35,6 +35,8 @@ logger = logging.getLogger(__name__)
 
 _POLL_S = 0.2
 _HELLO_TIMEOUT_S = 60.0
+_REPORT_S = 10.0
+_SETTLE_S = 0.5
 _MAX_CRASHES = 3
 """Times a batch may end the trainer by its own fault before its votes are given up."""
 
@@ -216,6 +218,22 @@ class Learner:
         self._asked[rid] = (int(version[1:]), version, sampling)
         self.ledger.mark_streaming(rid)
 
+    def forget(self, rid: str) -> None:
+        """A request's answer stream is over. If the scheduler has not reported it soon, it never will."""
+
+        def drop() -> None:
+            if self._asked.pop(rid, None) is not None:
+                self.ledger.drop_completion(rid, "the request ended without an answer")
+
+        if rid in self._asked:
+            asyncio.get_running_loop().call_later(_REPORT_S, drop)
+
+    async def settle(self, rid: str) -> None:
+        """Wait, at most `_SETTLE_S`, for the ledger to have a completion whose answer was just given."""
+        deadline = time.monotonic() + _SETTLE_S
+        while self.ledger.is_open(rid) and time.monotonic() < deadline:
+            await asyncio.sleep(0.005)
+
     def _finished(self, message: messages.Finished) -> None:
         version, model, sampling = self._asked.pop(message.rid, (None, "", {}))
         if message.rid.startswith(PROBE_PREFIX):
@@ -270,15 +288,20 @@ class Learner:
                 await socket.send_multipart([peer, messages.encode(self._welcome())])
             elif isinstance(message, messages.TrainerReady):
                 self._peer = peer
+                # v0 is a version like any other: its directory holds the weights the first step starts from.
+                await self.ledger.set_path(0, self.config.versions_path / "v0")
                 self._wake.set()
                 logger.info(
                     "trainer %d is ready; it maps %.1f MB of base weights",
                     message.pid,
                     message.weights_shared_bytes / 1e6,
                 )
-            elif isinstance(message, messages.StepDone | messages.StepFailed):
-                if self._answer is not None and not self._answer.done():
-                    self._answer.set_result(message)
+            elif (
+                isinstance(message, messages.StepDone | messages.StepFailed)
+                and self._answer is not None
+                and not self._answer.done()
+            ):
+                self._answer.set_result(message)
 
     def _welcome(self) -> messages.Welcome:
         assert self._hello is not None
@@ -441,8 +464,10 @@ class Learner:
             difference = await self.publisher.load(version, path)
         except PublishRefused as error:
             self.last_error = str(error)
-            logger.error("%s; v%d stays live", error, self.live)
-            await self.ledger.set_version_state(version, "failed", str(error))
+            logger.error("%s; v%d stays live and training pauses", error, self.live)
+            # Its votes are pending again: nobody was served by what they made. Training waits for a person.
+            await self.ledger.set_version_state(version, "failed", str(error), requeue=True)
+            self.paused = True
             return
         await self.ledger.set_version_state(version, "live", None)
         self.live = version

@@ -90,6 +90,11 @@ class Ledger(VersionTables):
         with self._open_lock:
             self._open.setdefault(rid, None)
 
+    def is_open(self, rid: str) -> bool:
+        """Whether `rid` is marked and neither stored nor dropped yet."""
+        with self._open_lock:
+            return rid in self._open
+
     def add_completion(self, completion: Completion) -> Answer[None]:
         """Stores a finished completion; its waiting votes become pending. Nobody needs to wait for it.
 

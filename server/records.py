@@ -102,7 +102,7 @@ class Version(msgspec.Struct, frozen=True, kw_only=True):
     parent: int | None
     state: VersionState
     path: str | None
-    """Its PEFT directory, absolute; None for version 0 and once the directory was given up."""
+    """Its PEFT directory, absolute; None for version 0 before the first training, and once it was given up."""
     created: float
     reason: str | None
     feedback_ids: list[str]

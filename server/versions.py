@@ -12,7 +12,7 @@ import msgspec
 from alchemist.server import votes
 from alchemist.server.errors import Conflict, LedgerError, NotFound
 from alchemist.server.records import Recovery, Step, Version, VersionState
-from alchemist.server.schema import to_step, to_version
+from alchemist.server.schema import stored_path, to_step, to_version
 from alchemist.server.store import Answer, Store
 
 # New state → states it may come from. `live → retired` happens only as another version goes live.
@@ -104,14 +104,23 @@ class VersionTables:
 
         return self._store.read(operation)
 
+    def set_path(self, version: int, path: Path) -> Answer[None]:
+        """Where a version's directory is."""
+        stored = stored_path(path, self.directory)
+
+        def operation(db: sqlite3.Connection) -> None:
+            db.execute("UPDATE versions SET path = ? WHERE version = ?", (stored, version))
+
+        return self._store.write(operation)
+
     def prune_versions(self, keep: int) -> Answer[list[str]]:
         """Gives up the directories of all but the newest `keep` versions; the paths to delete now.
 
-        The live and the staged ones are kept in any case, and the live one's parent.
+        v0, the live and the staged ones are kept in any case, and the live one's parent.
         """
 
         def operation(db: sqlite3.Connection) -> list[str]:
-            held = [v for v in _versions(db, self.directory) if v.path is not None]
+            held = [v for v in _versions(db, self.directory) if v.path is not None and v.version]
             live_parent = next((v.parent for v in held if v.state == "live"), None)
             given_up = [
                 v

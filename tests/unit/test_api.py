@@ -32,6 +32,9 @@ class Service:
     def wake(self) -> None:
         self.num_wakes += 1
 
+    async def settle(self, rid: str) -> None:
+        """Completions here are stored before anybody can ask."""
+
     def num_recorded(self, rid: str) -> int:
         return 2
 

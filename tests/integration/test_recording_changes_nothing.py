@@ -1,0 +1,48 @@
+"""Tokens and logprobs at temperature 0 are bit-equal with recording on and off, for the same requests one by one."""
+
+from __future__ import annotations
+
+import pytest
+from live import Server
+
+PROMPTS = [
+    "Hello!",
+    "What is 7 + 8?",
+    "Tell me a story.",
+    "What sound does a dog make? " * 60,
+    "What sound does a dog make? " * 60 + "And a cow?",
+]
+
+
+def answers(server):
+    out = []
+    for prompt in PROMPTS:
+        answer = server.chat(prompt, model="base", logprobs=True, top_logprobs=3, max_tokens=48)
+        choice = answer["choices"][0]
+        out.append(
+            (choice["message"]["content"], [t["logprob"] for t in choice["logprobs"]["content"]])
+        )
+    return out
+
+
+@pytest.fixture(scope="module")
+def silent(tmp_path_factory):
+    running = Server(
+        tmp_path_factory.mktemp("silent") / "data",
+        *("--record", "none", "--no-train", "--chunked-prefill-size", "256"),
+    )
+    yield running
+    assert running.stop() == 0, running.tail()
+
+
+def test_bit_equal(server, silent):
+    with_recording = answers(server)
+    receipt = server.receipt(server.chat(PROMPTS[0], model="base")["id"])
+    assert receipt["recorded_tokens"] > 0
+    assert answers(silent) == with_recording
+
+
+def test_without_training_votes_are_kept(silent):
+    vote = silent.vote(silent.chat("Hello!")["id"], "up")
+    assert vote["state"] == "pending"
+    assert silent.training()["state"] == "off"
