@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import multiprocessing.connection
 import os
 import signal
 from collections.abc import AsyncIterator
@@ -14,8 +15,10 @@ from fastapi import FastAPI
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from alchemist.server import processes
 from alchemist.server.api import build_router
 from alchemist.server.config import Config
+from alchemist.server.errors import LaunchError, LedgerError
 from alchemist.server.learner import Learner
 from alchemist.server.ledger import Ledger
 from alchemist.server.routes import RouteGuard
@@ -25,6 +28,10 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("alchemist")
 
+_ABORT_S = 2.0
+"""How long aborted requests get to say so to their clients."""
+_DYING_S = 2.0
+
 
 def open_ledger(config: Config) -> Ledger:
     """Open the data directory's ledger.
@@ -32,9 +39,6 @@ def open_ledger(config: Config) -> Ledger:
     Raises:
         LaunchError: read-only, full, damaged, or in use by another server.
     """
-    from alchemist.server.errors import LedgerError
-    from alchemist.server.main import LaunchError
-
     try:
         return Ledger(config.ledger_path, keep_completions=config.keep_completions)
     except (LedgerError, OSError) as error:
@@ -105,6 +109,8 @@ class Ending:
         self._front, self._config, self._manager = front, config, manager
         # uvicorn has installed its own handlers by now; theirs ends the server in order.
         self._end_uvicorn = signal.getsignal(signal.SIGINT)
+        self._task: asyncio.Task[None] | None = None
+        self._is_second = False
 
     def take_signals(self) -> None:
         loop = asyncio.get_running_loop()
@@ -118,9 +124,12 @@ class Ending:
             self._manager._subprocess_watchdog.stop()
 
     def _on_signal(self, number: int) -> None:
-        if self._front.is_ending:
-            logger.warning("second signal: requests in flight are aborted now")
-            self._manager.abort_request(abort_all=True)
+        if self._task is not None:
+            # uvicorn raises the signal again once it is done; only a person's counts here.
+            if not self._task.done() and not self._is_second:
+                self._is_second = True
+                logger.warning("second signal: requests in flight are aborted now")
+                self._manager.abort_request(abort_all=True)
             return
         self._front.is_ending = True
         logger.info(
@@ -132,28 +141,45 @@ class Ending:
         self._task = asyncio.create_task(self._drain())
 
     async def _drain(self) -> None:
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(self._config.shutdown_timeout):
-                while self._front.num_in_flight:
-                    await asyncio.sleep(0.05)
-        if self._front.num_in_flight:
+        if not await self._is_drained(self._config.shutdown_timeout):
             logger.warning("%d request(s) aborted at shutdown", self._front.num_in_flight)
             self._manager.abort_request(abort_all=True)
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(2.0):
-                    while self._front.num_in_flight:
-                        await asyncio.sleep(0.05)
+            await self._is_drained(_ABORT_S)
         assert callable(self._end_uvicorn)
         self._end_uvicorn(signal.SIGINT, None)
         # Idle keep-alive connections get a moment, then uvicorn is told not to wait for them.
         await asyncio.sleep(1.0)
         self._end_uvicorn(signal.SIGINT, None)
 
-    def _on_dead_child(self) -> None:
-        from sglang.srt.utils import kill_process_tree
+    async def _is_drained(self, timeout: float) -> bool:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout):
+                while self._front.num_in_flight:
+                    await asyncio.sleep(0.05)
+        return self._front.num_in_flight == 0
 
-        self._front.on_dead_engine()
-        logger.critical("a SGLang process has died (see above); the server ends")
+    def _on_dead_child(self) -> None:
         self.stop_watchdog()
-        kill_process_tree(os.getpid(), include_parent=False)
+        who = self._dead_children()
+        self._front.keep_all()
+        processes.end_children()
+        self._front.remove_run()
+        logger.critical("%s; the server ends", who)
+        logging.shutdown()
         os._exit(1)
+
+    def _dead_children(self) -> str:
+        """Which of SGLang's processes have died, waiting a moment for one that is about to."""
+        watchdog = self._manager._subprocess_watchdog
+        named = list(zip(watchdog._names, watchdog._processes, strict=True)) if watchdog else []
+        multiprocessing.connection.wait([process.sentinel for _, process in named], _DYING_S)
+        dead = [
+            f"{name} (process {process.pid}) has died with {_status(process.exitcode)}"
+            for name, process in named
+            if process.exitcode is not None
+        ]
+        return "SGLang's " + ", ".join(dead) if dead else "a process of SGLang has failed"
+
+
+def _status(code: int) -> str:
+    return f"status {code}" if code >= 0 else signal.Signals(-code).name

@@ -15,6 +15,8 @@ AlchemistError
 │   │   └── LedgerFull         507  no space left
 │   ├── LedgerLocked           503  another server has it
 │   └── LedgerCorrupt          500  not a ledger, damaged, or from a newer release
+├── LaunchError                not over HTTP: a reason not to start, told to the user in one line
+├── EngineFailed               not over HTTP: SGLang did not start
 └── Unavailable                503  a part of the server is not ready; also a RuntimeError
 
 A client gets OpenAI's envelope `{"error": {"message", "type", "param", "code"}}` and never a stack trace.
@@ -122,6 +124,14 @@ class LedgerLocked(LedgerError):
 
 class LedgerCorrupt(LedgerError):
     default_code = "ledger_corrupt"
+
+
+class LaunchError(AlchemistError):
+    pass
+
+
+class EngineFailed(AlchemistError):
+    pass
 
 
 class Unavailable(AlchemistError, RuntimeError):

@@ -8,11 +8,14 @@ from __future__ import annotations
 import contextlib
 import itertools
 import re
-import shutil
+import signal
 from collections.abc import AsyncIterator
-from typing import Any
+from types import FrameType
+from typing import Any, NoReturn
 
 from alchemist.protocol.lease import Lease
+from alchemist.server import processes
+from alchemist.server.errors import EngineFailed
 from alchemist.server.learner import PROBE_PREFIX, Learner
 from alchemist.server.ledger import Ledger
 from alchemist.server.run import Run
@@ -30,7 +33,6 @@ class Front:
         self.learner: Learner | None = None
         self.ledger: Ledger | None = None
         self.is_ending = False
-        self.exit_status = 0
         self._in_flight: set[int] = set()
         self._tickets = itertools.count()
 
@@ -42,12 +44,19 @@ class Front:
         """The launcher has made this run; called before SGLang starts."""
         self.run, self.lease, self.ledger = run, lease, ledger
 
-    def on_dead_engine(self) -> None:
-        """The server is about to end without its event loop: keep what is queued, leave no file."""
+    def keep_all(self) -> None:
+        """The server is about to end without its event loop: write what is queued."""
         if self.ledger is not None:
             self.ledger.close()
+
+    def remove_run(self) -> None:
+        """Leave no file of this run behind."""
         if self.run is not None:
-            shutil.rmtree(self.run.directory, ignore_errors=True)
+            processes.remove_run(self.run.directory)
+
+    def on_launch(self, result: None, *args: Any, **kwargs: Any) -> None:
+        """AFTER SGLang has taken SIGQUIT, by which its children report a failure, until the event loop does."""
+        signal.signal(signal.SIGQUIT, _on_failed_child)
 
     def on_setup(self, server_args: Any, tokenizer_manager: Any, *args: Any, **kwargs: Any) -> None:
         """BEFORE `_setup_and_run_http_server`: join the app."""
@@ -125,6 +134,10 @@ class Front:
                 )
             else:
                 yield chunk
+
+
+def _on_failed_child(number: int, frame: FrameType | None) -> NoReturn:
+    raise EngineFailed("a process of SGLang failed while starting; what it said is above")
 
 
 FRONT = Front()

@@ -98,6 +98,8 @@ def main_hooks(front: Any) -> list[Hook]:
     return [
         # One judge of keys: ours knows our routes, and answers in OpenAI's envelope.
         Hook(f"{_S}.utils.auth.decide_request_auth", "AROUND", leave_auth_to_guard),
+        # A child that fails while starting ends the launch in order; SGLang would kill the whole tree, us included.
+        Hook(f"{_S}.entrypoints.engine._set_envs_and_config", "AFTER", front.on_launch),
         # Our routes, guard and tasks join the app before uvicorn runs it.
         Hook(f"{_S}.entrypoints.http_server._setup_and_run_http_server", "BEFORE", front.on_setup),
         # Every request passes here: it is given its version and revokes the lease.

@@ -154,15 +154,35 @@ class Learner:
             if version not in (0, recovery.live, recovery.staged):
                 with contextlib.suppress(PublishRefused):
                     await self.publisher.load(version, paths[version])
-        if recovery.live:
-            # Without its live version the server would answer as somebody else: better not at all.
-            await self.publisher.load(recovery.live, paths[recovery.live])
-        self.live = recovery.live
+        parents = {v.version: v.parent for v in versions}
+        self.live = await self._restore_live(recovery.live, paths, parents)
         if recovery.staged is not None and recovery.staged in paths:
             await self._publish(recovery.staged, paths[recovery.staged])
         logger.info(
             "live version v%d, step %d, %d version(s) loaded", self.live, self.step, len(paths)
         )
+
+    async def _restore_live(
+        self, live: int, paths: dict[int, str], parents: dict[int, int | None]
+    ) -> int:
+        """Load the live version, or its nearest ancestor that can be proven; which one it is."""
+        version = live
+        while version:
+            try:
+                if version not in self.publisher.loaded:
+                    if version not in paths:
+                        raise PublishRefused(f"version v{version} is no longer kept")
+                    await self.publisher.load(version, paths[version])
+                break
+            except PublishRefused as error:
+                # As in `_publish`: learning waits for a person.
+                self.last_error, self.paused = str(error), True
+                version = parents[version] or 0
+        if version != live:
+            await self.ledger.set_version_state(version, "live", None)
+            await self.ledger.set_version_state(live, "failed", self.last_error, requeue=True)
+            logger.error("v%d cannot be served as it was made; v%d is live instead", live, version)
+        return version
 
     def _delete_orphans(self, known: set[str]) -> None:
         """Directories of versions that were never committed."""
@@ -298,6 +318,8 @@ class Learner:
                 )
             elif (
                 isinstance(message, messages.StepDone | messages.StepFailed)
+                # The last words of a trainer that has died since are about another batch.
+                and peer == self._peer
                 and self._answer is not None
                 and not self._answer.done()
             ):
@@ -375,7 +397,8 @@ class Learner:
             samples=[sample for item in items for sample in self._samples(item)],
         )
         assert self._socket is not None
-        assert self._peer is not None
+        if self._peer is None:
+            raise TrainerGone(crashed=False)
         self._answer = asyncio.get_running_loop().create_future()
         self._training = True
         try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-import shutil
+import signal
 import socket
 import sys
 import tempfile
@@ -17,7 +17,10 @@ import torch
 from alchemist.protocol.layout import SUPPORTED_ARCHITECTURES
 from alchemist.protocol.lease import Lease
 from alchemist.server import config as configuration
+from alchemist.server import processes
 from alchemist.server.config import Config
+from alchemist.server.data_dir import check_data_dir
+from alchemist.server.errors import EngineFailed, LaunchError
 from alchemist.server.run import Run
 
 logger = logging.getLogger("alchemist")
@@ -26,27 +29,32 @@ TINY_MODEL = Path(__file__).parent / "tiny"
 _PREFIX = "alchemist-"
 
 
-class LaunchError(Exception):
-    """A reason not to start, told to the user in one line."""
-
-
 def main(argv: list[str] | None = None) -> None:
-    """Serve until a signal or a dead scheduler; exit status 0 only in the first case."""
+    """Serve until a signal (exit status 0), a dead engine (1), or not at all: something cannot be as asked (2)."""
     config, sglang_argv = configuration.parse(sys.argv[1:] if argv is None else argv, os.environ)
+    # Until the event loop takes them, a signal unwinds the stack like Ctrl-C does.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    status = 0
     try:
-        status = _launch(config, sglang_argv)
+        _launch(config, sglang_argv)
     except LaunchError as error:
         print(f"alchemist: error: {error}", file=sys.stderr)
         status = 2
+    except EngineFailed as error:
+        print(f"alchemist: error: {error}", file=sys.stderr)
+        status = 1
+    except KeyboardInterrupt:
+        pass
     sys.exit(status)
 
 
-def _launch(config: Config, sglang_argv: list[str]) -> int:
+def _launch(config: Config, sglang_argv: list[str]) -> None:
     from sglang.srt.server_args import prepare_server_args
 
     sglang_argv = with_defaults(config, sglang_argv)
     directory = _make_run_directory()
     try:
+        _confine(directory)
         lease = Lease.create()
         run = Run(directory=directory, config=config.to_json(), lease=lease.segment.handle)
         run.publish()
@@ -56,16 +64,23 @@ def _launch(config: Config, sglang_argv: list[str]) -> int:
         load_plugins()
         server_args = prepare_server_args(sglang_argv)
         _check(config, server_args)
-        return _serve(config, run, lease, server_args)
+        _serve(config, run, lease, server_args)
     finally:
-        shutil.rmtree(directory, ignore_errors=True)
+        processes.remove_run(directory)
 
 
-def _serve(config: Config, run: Run, lease: Lease, server_args: Any) -> int:
+def _confine(directory: str) -> None:
+    """Keep SGLang's sockets in our 0700 directory, and off the network."""
+    tempfile.tempdir = directory
+    # Its rendezvous of one process with itself would listen on every interface.
+    os.environ.setdefault("SGLANG_DISTRIBUTED_INIT_METHOD_OVERRIDE", f"file://{directory}/ranks")
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+
+
+def _serve(config: Config, run: Run, lease: Lease, server_args: Any) -> None:
     from sglang.srt.entrypoints.http_server import launch_server
-    from sglang.srt.utils import kill_process_tree
 
-    from alchemist.server import hooks, processes
+    from alchemist.server import hooks
     from alchemist.server.app import open_ledger
     from alchemist.server.front import FRONT
 
@@ -74,20 +89,22 @@ def _serve(config: Config, run: Run, lease: Lease, server_args: Any) -> int:
         raise LaunchError("SGLang functions could not be wrapped: " + ", ".join(missing))
     # Before SGLang starts: a data directory that cannot be used is told within a second.
     ledger = open_ledger(config)
-    FRONT.begin(run, lease, ledger)
-    logger.info("alchemist configuration: %s", config.to_json())
     try:
+        check_data_dir(config, server_args.model_path, ledger)
+        FRONT.begin(run, lease, ledger)
+        logger.info("alchemist configuration: %s", config.to_json())
         launch_server(
             server_args,
             run_scheduler_process_func=processes.run_scheduler,
             run_detokenizer_process_func=processes.run_detokenizer,
         )
-    except KeyboardInterrupt:
-        pass
+    except EngineFailed:
+        raise
+    except RuntimeError as error:
+        raise EngineFailed(f"SGLang did not start: {error}") from error
     finally:
         ledger.close()
-        kill_process_tree(os.getpid(), include_parent=False)
-    return FRONT.exit_status
+        processes.end_children()
 
 
 def with_defaults(config: Config, argv: list[str]) -> list[str]:
@@ -194,7 +211,7 @@ def _make_run_directory() -> str:
     for old in base.glob(f"{_PREFIX}[0-9]*-*"):
         pid = old.name.removeprefix(_PREFIX).split("-")[0]
         if pid.isdigit() and not psutil.pid_exists(int(pid)) and old.owner() == _user():
-            shutil.rmtree(old, ignore_errors=True)
+            processes.remove_run(old)
     return tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-")
 
 

@@ -46,13 +46,20 @@ class Publisher:
         from sglang.srt.managers.io_struct import LoadLoRAAdapterReqInput
 
         name = f"v{version}"
+        try:
+            proof = manifest.decode((Path(path) / manifest.FILE).read_bytes())
+        except (OSError, ValueError) as error:
+            raise PublishRefused(f"version {name}: its manifest cannot be read: {error}") from None
         result = await self._manager.load_lora_adapter(
             LoadLoRAAdapterReqInput(lora_name=name, lora_path=path)
         )
         if not result.success:
             raise PublishRefused(f"version {name} did not load: {result.error_message}")
-        proof = manifest.decode((Path(path) / manifest.FILE).read_bytes())
-        difference = await self.probe(name, proof)
+        try:
+            difference = await self.probe(name, proof)
+        except ValueError as error:
+            await self._unload(name)
+            raise PublishRefused(f"version {name}: its probe cannot be run: {error}") from None
         if not difference <= self._tolerance:
             await self._unload(name)
             raise PublishRefused(
@@ -63,7 +70,10 @@ class Publisher:
         return difference
 
     async def probe(self, name: str, proof: manifest.Manifest) -> float:
-        """Mean |difference| in nats between the engine's and the trainer's logprobs of the probe tokens."""
+        """Mean |difference| in nats between the engine's and the trainer's logprobs of the probe tokens.
+
+        Infinite for an empty probe, which proves nothing. Raises ValueError for one the engine does not take.
+        """
         from sglang.srt.managers.io_struct import GenerateReqInput
 
         request = GenerateReqInput(
@@ -80,7 +90,7 @@ class Publisher:
         # The first entry has no predecessor and no logprob.
         served = [entry[0] for entry in out["meta_info"]["input_token_logprobs"][1:]]
         pairs = list(zip(served, proof.probe_logprobs, strict=True))
-        return sum(abs(a - b) for a, b in pairs) / max(1, len(pairs))
+        return sum(abs(a - b) for a, b in pairs) / len(pairs) if pairs else float("inf")
 
     async def retire(self, keep: set[int]) -> list[int]:
         """Unload the oldest idle versions until at most `keep` remain loaded; which ones went.

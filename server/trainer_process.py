@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import sys
 from collections.abc import Callable
 
@@ -62,6 +63,7 @@ class TrainerProcess:
                 "-m",
                 "alchemist.trainer",
                 self._address,
+                str(os.getpid()),
                 stdin=asyncio.subprocess.DEVNULL,
             )
             code = await self._process.wait()

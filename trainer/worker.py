@@ -306,9 +306,8 @@ def _sample(sample: messages.TrainSample, recorded: Recorded | None) -> Sample:
     )
 
 
-def run(address: str) -> None:
-    """Say hello at `address` and serve until told to stop or the server is gone."""
-    server_pid = os.getppid()
+def run(address: str, server_pid: int) -> None:
+    """Say hello at `address` and serve until told to stop or process `server_pid`, our parent, is gone."""
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     socket = context.socket(zmq.DEALER)
     socket.setsockopt(zmq.LINGER, 1000)
