@@ -160,7 +160,7 @@ def naive_step(
                 loss = objective.undesirable_weight * (1 - torch.sigmoid(beta * (kl - logp + base)))
             loss = sample.weight * loss / (1 if objective.name == "sft" else len(samples))
             loss.backward()
-            total += float(loss)
+            total += float(loss.detach())
         for name, parameter in adapted.named_parameters():
             if parameter.grad is not None:
                 name = name.replace(".default", "")
@@ -238,9 +238,10 @@ def _activations(model: Any, shape: ModelShape, prompt: Sequence[int]) -> list[d
 
 
 def relative_error(ours: dict[str, Tensor], naive: dict[str, Tensor]) -> float:
-    """Largest error of any gradient tensor, relative to the whole gradient's largest element."""
-    scale = max(float(g.abs().max()) for g in naive.values())
-    assert scale > 0
+    """Largest error of any gradient tensor, relative to the whole gradient's largest element (at least 1e-3: where
+    the gradient is zero by construction both sides hold rounding noise).
+    """
+    scale = max(1e-3, *(float(g.abs().max()) for g in naive.values()))
     worst = 0.0
     for name, grad in ours.items():
         expected = naive.get(name)

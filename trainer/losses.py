@@ -30,7 +30,7 @@ def kto_losses(
     """
     margin = logps - reference_logps - kl
     losses = 1 - torch.sigmoid(beta * torch.where(labels, margin, -margin))
-    return losses * torch.where(labels, desirable_weight, undesirable_weight)
+    return losses * _weights(labels, losses, desirable_weight, undesirable_weight)
 
 
 def apo_zero_unpaired_losses(
@@ -45,7 +45,11 @@ def apo_zero_unpaired_losses(
     """[n] weighted losses, as `kto_losses` with kl = 0 (APO-zero's own form)."""
     ratio = torch.sigmoid(beta * (logps - reference_logps))
     losses = torch.where(labels, 1 - ratio, ratio)
-    return losses * torch.where(labels, desirable_weight, undesirable_weight)
+    return losses * _weights(labels, losses, desirable_weight, undesirable_weight)
+
+
+def _weights(labels: Tensor, like: Tensor, desirable: float, undesirable: float) -> Tensor:
+    return torch.full_like(like, undesirable).masked_fill_(labels, desirable)
 
 
 def kl_estimate(kl_logps: Tensor, reference_kl_logps: Tensor) -> Tensor:

@@ -8,8 +8,8 @@ made from all its completions.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Literal, TypeVar, get_args
+from dataclasses import replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -18,111 +18,22 @@ from .batch import Pair, TokenBatch
 from .families import ModelShape
 from .lora import LoraAdapter
 from .losses import apo_zero_unpaired_losses, kl_estimate, kto_losses, rotate_completions
+from .objective import Objective, Sample, SampleResult, StepGradients, VersionGroup
 from .replay import Gate, Phases, Replay
 from .rows import ActivationView, Recorded, RowsRevoked
 from .tree import num_unique_tokens
 from .weights import BaseWeights
 
-ObjectiveName = Literal["kto", "apo_zero_unpaired", "sft"]
-Reference = Literal["served", "base"]
 T = TypeVar("T")
 
-
-@dataclass(frozen=True, kw_only=True)
-class Sample:
-    """One completion with its vote. `label`: desirable (an up-vote or a correction)."""
-
-    prompt_ids: Sequence[int]
-    response_ids: Sequence[int]
-    label: bool
-    weight: float = 1.0
-    """Multiplies the sample's loss; denominators do not change."""
-    recorded: Recorded | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("prompt_ids", "response_ids"):
-            if not len(getattr(self, name)):
-                raise ValueError(f"a sample's {name} is empty")
-
-    @property
-    def pair(self) -> Pair:
-        return self.prompt_ids, self.response_ids
-
-
-@dataclass(frozen=True, kw_only=True)
-class Objective:
-    """Field names and defaults as in TRL's KTOConfig."""
-
-    name: ObjectiveName = "kto"
-    beta: float = 0.1
-    desirable_weight: float = 1.0
-    undesirable_weight: float = 1.0
-    reference: Reference = "base"
-    """`base`: the adapter off. `served`: the log-probabilities at the version that served, so the
-    log-ratio and the KL are identically zero."""
-
-    def __post_init__(self) -> None:
-        for name, allowed in (
-            ("name", get_args(ObjectiveName)),
-            ("reference", get_args(Reference)),
-        ):
-            if getattr(self, name) not in allowed:
-                raise ValueError(
-                    f"objective {name} is {getattr(self, name)!r}, allowed: {', '.join(allowed)}"
-                )
-        for name in ("beta", "desirable_weight", "undesirable_weight"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise ValueError(f"{name} is {getattr(self, name)}, must be 0 or more and finite")
-
-
-@dataclass(frozen=True)
-class VersionGroup:
-    """Samples that one version served, and its adapter as it served (`LoraAdapter.as_served`)."""
-
-    adapter: LoraAdapter
-    samples: Sequence[Sample]
-
-
-@dataclass(frozen=True)
-class SampleResult:
-    """What one sample contributed."""
-
-    logps: Tensor
-    """[response tokens] at the version that served, float32 or wider; empty if the objective
-    skipped the sample.
-    """
-    reference_logp: float
-    """Sum over the response; equal to the policy's for reference `served`."""
-    reward: float
-    """β (log π − log π_ref); 0 for sft."""
-    loss: float
-    """The sample's weighted loss before the mean."""
-
-
-@dataclass
-class StepGradients:
-    """Loss and gradient of one step."""
-
-    loss: float
-    grads: dict[str, Tensor]
-    """By PEFT name, float32 (float64 models: float64), in the shape of the masters."""
-    samples: list[SampleResult]
-    """In step order: groups in the order given, their samples in order."""
-    kl: float
-    tokens_reused: int
-    """Unique tokens taken from recorded rows."""
-    tokens_recomputed: int
-    """Unique tokens computed at the policy, mismatched pairs included."""
-    tokens_reference: int
-    """Unique tokens computed for the base reference."""
-    seconds: dict[str, float]
-    """By phase: rows, forward, reference, loss, backward."""
-    rows_revoked: int = 0
-    """Rows that were taken away while in use; their tokens were recomputed."""
-    metrics: dict[str, float] = field(default_factory=dict)
-    """TRL's names: kl, rewards/chosen, rewards/rejected, rewards/margins, logps/chosen,
-    logps/rejected.
-    """
+__all__ = [
+    "Objective",
+    "ReplayEngine",
+    "Sample",
+    "SampleResult",
+    "StepGradients",
+    "VersionGroup",
+]
 
 
 class ReplayEngine:
@@ -252,7 +163,9 @@ class _Step:
         self.phases = Phases(engine._device)
         self.grads = engine.zero_grads(self.adapters[0])
         self.results: dict[int, SampleResult] = {}
-        self.losses: list[float] = []
+        self.count = len(self.samples)
+        if objective.name == "sft":
+            self.count = sum(len(s.response_ids) for s in self.samples if s.label)
         self.tokens_reused = self.tokens_recomputed = self.tokens_reference = 0
         self.rows_revoked = 0
 
@@ -415,7 +328,6 @@ class _Step:
                     base[row] = reference[i]
             if goal.name == "sft":
                 losses = -sums * weights
-                count = sum(len(s.response_ids) for s in self.samples if s.label)
             else:
                 labels = torch.tensor([s.label for s in samples], device=sums.device)
                 scales = {
@@ -427,14 +339,12 @@ class _Step:
                     losses = kto_losses(sums, base, labels, kl, **scales) * weights
                 else:
                     losses = apo_zero_unpaired_losses(sums, base, labels, **scales) * weights
-                count = len(self.samples)
-            d_logps = list(torch.autograd.grad(losses.sum() / count, leaves))
-        self.losses.append(float(losses.sum()) / count)
+            d_logps = list(torch.autograd.grad(losses.sum() / self.count, leaves))
         beta = 0.0 if goal.name == "sft" else goal.beta
         rewards = beta * (sums.detach() - base)
         results = [
             SampleResult(t.detach(), float(b), float(r), float(loss))
-            for t, b, r, loss in zip(leaves, base, rewards, losses, strict=True)
+            for t, b, r, loss in zip(leaves, base, rewards, losses.detach(), strict=True)
         ]
         return results, d_logps
 
@@ -451,7 +361,7 @@ class _Step:
             metrics["rewards/margins"] = metrics["rewards/chosen"] - metrics["rewards/rejected"]
         phases = ("rows", "forward", "reference", "loss", "backward")
         return StepGradients(
-            loss=sum(self.losses),
+            loss=sum(r.loss for r in results) / max(1, self.count),
             grads=self.grads,
             samples=results,
             kl=kl,

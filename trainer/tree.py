@@ -7,6 +7,7 @@ activations, which is what makes sharing exact.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -38,34 +39,36 @@ class TokenTree:
     """
 
     def __init__(self, sequences: Sequence[Sequence[int]]) -> None:
-        arrays: list[Ids] = [np.asarray(s, dtype=np.int64) for s in sequences]
-        if any(a.size == 0 for a in arrays):
+        if any(len(s) == 0 for s in sequences):
             raise ValueError("a sequence is empty")
+        order = sorted(range(len(sequences)), key=lambda i: tuple(sequences[i]))
+        arrays: list[Ids] = [np.asarray(sequences[i], dtype=np.int64) for i in order]
+        shared = _shared_with_previous(arrays)
         self.nodes: list[Node] = []
-        self._ends: list[int] = [-1] * len(arrays)
+        ends = [-1] * len(arrays)
         runs: list[Ids] = []
         num_tokens = 0
-        # A stack entry is a set of sequences that agree before `depth`, hanging below `parent`.
-        stack = [(group, 0, -1) for group in reversed(_by_token(range(len(arrays)), arrays, 0))]
+        # An entry is a range of the sorted sequences that agree before `depth` and hang below
+        # `parent`; what they agree on beyond it is the least that two neighbours share.
+        stack = [(lo, hi, 0, -1) for lo, hi in _split(shared, 0, len(arrays), 0)]
         while stack:
-            members, depth, parent = stack.pop()
-            length = _common_length([arrays[i][depth:] for i in members])
+            lo, hi, depth, parent = stack.pop()
+            length = int(shared[lo + 1 : hi].min()) if hi - lo > 1 else arrays[lo].size
             number = len(self.nodes)
-            self.nodes.append(Node(num_tokens, num_tokens + length, parent, depth))
-            runs.append(arrays[members[0]][depth : depth + length])
-            num_tokens += length
-            depth += length
-            for i in members:
-                if arrays[i].size == depth:
-                    self._ends[i] = number
-            longer = [i for i in members if arrays[i].size > depth]
-            stack += [(g, depth, number) for g in reversed(_by_token(longer, arrays, depth))]
+            self.nodes.append(Node(num_tokens, num_tokens + length - depth, parent, depth))
+            runs.append(arrays[lo][depth:length])
+            num_tokens += length - depth
+            # Sequences that end here sort before those that go on.
+            while lo < hi and arrays[lo].size == length:
+                ends[order[lo]] = number
+                lo += 1
+            stack += [(*part, length, number) for part in _split(shared, lo, hi, length)]
         self.ids: Tensor = torch.from_numpy(np.concatenate(runs) if runs else np.empty(0, np.int64))
         depths = [np.arange(n.depth, n.depth + n.end - n.start) for n in self.nodes]
         self.positions: Tensor = torch.from_numpy(
             np.concatenate(depths) if depths else np.empty(0, np.int64)
         )
-        self.paths: list[Tensor] = [self.path_of_node(number) for number in self._ends]
+        self.paths: list[Tensor] = [self.path_of_node(number) for number in ends]
 
     @property
     def num_tokens(self) -> int:
@@ -81,21 +84,22 @@ class TokenTree:
         return torch.cat(parts[::-1])
 
 
-def _by_token(members: Sequence[int], arrays: list[Ids], depth: int) -> list[list[int]]:
-    groups: dict[int, list[int]] = {}
-    for i in members:
-        groups.setdefault(int(arrays[i][depth]), []).append(i)
-    return list(groups.values())
+def _shared_with_previous(arrays: list[Ids]) -> Ids:
+    """For each sequence, how many tokens it shares with the one before it (the first: 0)."""
+    out = np.zeros(len(arrays), dtype=np.int64)
+    for i in range(1, len(arrays)):
+        n = min(arrays[i - 1].size, arrays[i].size)
+        different = np.flatnonzero(arrays[i - 1][:n] != arrays[i][:n])
+        out[i] = different[0] if different.size else n
+    return out
 
 
-def _common_length(arrays: list[Ids]) -> int:
-    first, length = arrays[0], arrays[0].size
-    for other in arrays[1:]:
-        length = min(length, other.size)
-        different = np.flatnonzero(first[:length] != other[:length])
-        if different.size:
-            length = int(different[0])
-    return length
+def _split(shared: Ids, lo: int, hi: int, depth: int) -> list[tuple[int, int]]:
+    """[lo, hi) cut where neighbours share no more than `depth` tokens; last range first."""
+    if lo == hi:
+        return []
+    cuts = [lo, *(lo + 1 + np.flatnonzero(shared[lo + 1 : hi] <= depth)).tolist(), hi]
+    return list(itertools.pairwise(cuts))[::-1]
 
 
 def num_unique_tokens(sequences: Sequence[Sequence[int]]) -> int:

@@ -1,0 +1,195 @@
+"""Every kernel against its plain-torch reference in float64, output and gradients, and against its recorded form."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from alchemist.kernels import (
+    linear_logprob,
+    path_attention,
+    replay_linear,
+    rms_norm,
+    rope,
+    swiglu,
+)
+from alchemist.kernels.linear_logprob import reference as linear_logprob_reference
+from alchemist.kernels.path_attention import PathBlock
+from alchemist.kernels.path_attention import reference as path_attention_reference
+from alchemist.kernels.replay_linear import LoraPart, unread
+from alchemist.kernels.replay_linear import reference as replay_linear_reference
+from alchemist.kernels.rms_norm import reference as rms_norm_reference
+from alchemist.kernels.rope import reference as rope_reference
+from alchemist.kernels.swiglu import reference as swiglu_reference
+
+# float64: a sum of n terms of order one is wrong by about n·2e-16; the tests stay below a thousand terms.
+TOLERANCE = {"rtol": 1e-10, "atol": 1e-11}
+
+
+def leaf(*shape):
+    return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
+
+
+def gradients(outputs, leaves, weights):
+    loss = sum((o * w).sum() for o, w in zip(outputs, weights, strict=True))
+    return torch.autograd.grad(loss, leaves, allow_unused=True)
+
+
+def compare(ours, reference, leaves):
+    """Both are functions of nothing that return a tuple of outputs. Returns the reference's outputs,
+    the weights of the loss, and the gradients.
+    """
+    expected, found = reference(), ours()
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, **TOLERANCE)
+    weights = [torch.randn_like(o) for o in expected]
+    grads = gradients(expected, leaves, weights)
+    assert_equal(gradients(found, leaves, weights), grads)
+    return [o.detach() for o in expected], weights, grads
+
+
+def assert_equal(found, expected):
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, **TOLERANCE)
+
+
+@pytest.mark.parametrize("num_tokens", [0, 1, 7])
+@pytest.mark.parametrize("adapted", [(), (0,), (1, 2), (0, 1, 2)])
+def test_replay_linear(num_tokens, adapted):
+    torch.manual_seed(0)
+    x, weight, bias = leaf(num_tokens, 5), torch.randn(9, 5).double(), torch.randn(9).double()
+    splits = (4, 3, 2)
+    ranges = [(0, 4), (4, 7), (7, 9)]
+    parts = [
+        LoraPart(*ranges[i], leaf(2, 5), leaf(ranges[i][1] - ranges[i][0], 2)) for i in adapted
+    ]
+    leaves = [x, *(t for p in parts for t in (p.a, p.b))]
+
+    def ours(recorded=None):
+        return replay_linear.replay_linear(x, weight, bias, parts, 0.7, splits, recorded)
+
+    expected, weights, grads = compare(
+        ours,
+        lambda: replay_linear_reference.replay_linear(x, weight, bias, parts, 0.7, splits),
+        leaves,
+    )
+    poisoned = [unread(o.shape, o) for o in expected]
+    assert_equal(torch.autograd.grad(ours(poisoned), leaves, weights), grads)
+
+
+def test_replay_linear_two_adapters_in_one_output_and_a_zero_one():
+    torch.manual_seed(0)
+    x, weight = leaf(6, 5), torch.randn(8, 5).double()
+    zero = torch.zeros(4, 2, dtype=torch.float64, requires_grad=True)
+    parts = [LoraPart(0, 4, leaf(2, 5), zero, True), LoraPart(4, 8, leaf(2, 5), leaf(4, 2))]
+    compare(
+        lambda: replay_linear.replay_linear(x, weight, None, parts, 2.0),
+        lambda: replay_linear_reference.replay_linear(x, weight, None, parts, 2.0),
+        [x, *(t for p in parts for t in (p.a, p.b))],
+    )
+
+
+@pytest.mark.parametrize("with_addend", [True, False])
+@pytest.mark.parametrize("scale", [1e-2, 1.0, 30.0])
+def test_add_rms_norm(with_addend, scale):
+    torch.manual_seed(0)
+    x = (torch.randn(7, 6, dtype=torch.float64) * scale).requires_grad_()
+    addend = leaf(7, 6) if with_addend else None
+    weight = torch.randn(6).double()
+    leaves = [x, addend] if with_addend else [x]
+
+    def ours(recorded=None):
+        return rms_norm.add_rms_norm(x, addend, weight, 1e-5, recorded)
+
+    expected, weights, grads = compare(
+        ours, lambda: rms_norm_reference.add_rms_norm(x, addend, weight, 1e-5), leaves
+    )
+    assert_equal(gradients(ours(expected[0]), leaves, weights), grads)
+
+
+def test_rms_norm_of_heads():
+    x, weight = leaf(3, 4, 6), torch.randn(6).double()
+    compare(
+        lambda: (rms_norm.rms_norm(x, weight, 1e-6),),
+        lambda: (rms_norm_reference.add_rms_norm(x, None, weight, 1e-6)[1],),
+        [x],
+    )
+
+
+def test_rope_and_its_replay_from_the_output_alone():
+    x, angles = leaf(5, 3, 8), torch.randn(5, 4).double()
+    cos, sin = angles.cos(), angles.sin()
+    expected, weights, grads = compare(
+        lambda: (rope.rope(x, cos, sin),), lambda: (rope_reference.rope(x, cos, sin),), [x]
+    )
+    poisoned = unread(x.shape, x).requires_grad_()
+    y = rope.rope(poisoned, cos, sin, recorded=expected[0])
+    assert torch.equal(y, expected[0])
+    assert_equal(torch.autograd.grad(y, poisoned, weights), grads)
+
+
+@pytest.mark.parametrize("num_tokens", [0, 1, 127, 128, 129, 300])
+def test_swiglu(num_tokens):
+    x = leaf(num_tokens, 10)
+    compare(lambda: (swiglu.swiglu(x),), lambda: (swiglu_reference.swiglu(x),), [x])
+
+
+@st.composite
+def attention_cases(draw):
+    """Blocks over shuffled keys: each a path with queries at some of its depths."""
+    num_keys = draw(st.integers(1, 12))
+    blocks, num_queries = [], 0
+    for _ in range(draw(st.integers(1, 3))):
+        path = draw(st.permutations(range(num_keys)))[: draw(st.integers(1, num_keys))]
+        depths = sorted(draw(st.sets(st.integers(0, len(path) - 1), min_size=1)))
+        blocks.append((num_queries, depths, path[: depths[-1] + 1]))
+        num_queries += len(depths)
+    order = draw(st.permutations(range(num_queries)))
+    plan = [
+        PathBlock(
+            torch.tensor(order[start : start + len(depths)]),
+            torch.tensor(depths),
+            torch.tensor(path),
+        )
+        for start, depths, path in blocks
+    ]
+    return plan, num_queries, num_keys, draw(st.sampled_from([1, 2, 3]))
+
+
+@given(attention_cases(), st.sampled_from([1, 2, 128]))
+@settings(deadline=None)
+def test_path_attention(case, tile):
+    plan, num_queries, num_keys, groups = case
+    torch.manual_seed(0)
+    q, k, v = leaf(num_queries, 2 * groups, 4), leaf(num_keys, 2, 4), leaf(num_keys, 2, 4)
+    default, path_attention.TILE = path_attention.TILE, tile
+    try:
+        _, weights, grads = compare(
+            lambda: (path_attention.path_attention(q, k, v, plan),),
+            lambda: (path_attention_reference.path_attention(q, k, v, plan),),
+            [q, k, v],
+        )
+        # The backward must not read the recorded output.
+        replayed = path_attention.path_attention(q, k, v, plan, unread(q.shape, q))
+        assert_equal(torch.autograd.grad(replayed, [q, k, v], weights), grads)
+    finally:
+        path_attention.TILE = default
+
+
+@pytest.mark.parametrize("chunk_bytes", [1, 13 * 8 * 2, 1 << 20])
+def test_linear_logprob(chunk_bytes, monkeypatch):
+    monkeypatch.setattr(linear_logprob, "CHUNK_BYTES", chunk_bytes)
+    torch.manual_seed(0)
+    h, weight = leaf(5, 4), torch.randn(13, 4).double()
+    rows = torch.tensor([0, 0, 1, 3, 4, 4, 4])
+    targets = torch.tensor([12, 3, 0, 7, 7, 7, 1])
+    expected = linear_logprob_reference.linear_logprob(h, weight, rows, targets)
+    result = linear_logprob.linear_logprob(h.detach(), weight, rows, targets, gradient=True)
+    torch.testing.assert_close(result.logps, expected.detach(), **TOLERANCE)
+    d_logps = torch.randn(7).double()
+    d_h = linear_logprob.linear_logprob_backward(result, weight, rows, targets, d_logps)
+    torch.testing.assert_close(d_h, torch.autograd.grad(expected, h, d_logps)[0], **TOLERANCE)
+    nothing = linear_logprob.linear_logprob(
+        h.detach()[:0], weight, rows[:0], targets[:0], gradient=False
+    )
+    assert nothing.logps.shape == (0,)

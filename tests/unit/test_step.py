@@ -1,0 +1,259 @@
+"""A whole step: version groups, micro-batches, revoked rows, the gate, and one SGD step from outside."""
+
+import dataclasses
+
+import pytest
+import torch
+from engine_support import (
+    VOCAB,
+    Recorder,
+    engine_of,
+    naive_logps,
+    naive_step,
+    random_adapter,
+    random_model,
+    relative_error,
+    with_peft,
+)
+
+from alchemist.trainer.lora import LoraAdapter, LoraConfig
+from alchemist.trainer.optimizer import Optimizer, OptimizerConfig
+from alchemist.trainer.rows import RowsRevoked
+from alchemist.trainer.step import Objective, Sample, VersionGroup
+
+KTO = Objective(name="kto", reference="base", beta=0.3)
+
+
+def ids(n, generator):
+    return torch.randint(0, VOCAB, (n,), generator=generator).tolist()
+
+
+def make_samples(count, seed=0, shared=5):
+    generator = torch.Generator().manual_seed(seed)
+    head = ids(shared, generator)
+    return [
+        Sample(
+            prompt_ids=head + ids(2 + i % 3, generator),
+            response_ids=ids(1 + i % 4, generator),
+            label=i % 3 != 1,
+            weight=1.0 + 0.5 * (i % 2),
+        )
+        for i in range(count)
+    ]
+
+
+def recorded(recorder, model, adapter, samples, share=0.7, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        dataclasses.replace(
+            s,
+            recorded=recorder.record(
+                model,
+                adapter,
+                s.prompt_ids,
+                torch.rand(len(s.prompt_ids), generator=generator) < share,
+            ),
+        )
+        for s in samples
+    ]
+
+
+@pytest.fixture(scope="module")
+def model():
+    return random_model("qwen3", torch.float64)
+
+
+def groups_of(model, recorder, shape):
+    """Three versions, the first of them v0 (B = 0), each with recorded samples."""
+    zero = LoraAdapter.init(shape, LoraConfig(rank=3, alpha=5.0), 1).as_served(torch.float64)
+    adapters = [
+        zero,
+        random_adapter(shape, torch.float64, 3),
+        random_adapter(shape, torch.float64, 4),
+    ]
+    return [
+        VersionGroup(a, recorded(recorder, model, a, make_samples(2 + i, seed=i)))
+        for i, a in enumerate(adapters)
+    ]
+
+
+@pytest.mark.parametrize("max_tokens", [1 << 16, 20, 1])
+@pytest.mark.parametrize(
+    "objective",
+    [KTO, Objective(name="sft"), Objective(name="apo_zero_unpaired", reference="served")],
+    ids=lambda o: o.name,
+)
+def test_mixed_versions_and_micro_batches_equal_the_naive_step(model, objective, max_tokens):
+    engine = engine_of(model, max_tokens=max_tokens)
+    recorder = Recorder(engine.shape, torch.float64)
+    engine.view = recorder.view
+    groups = groups_of(model, recorder, engine.shape)
+    loss, grads, kl = naive_step(model, groups, objective)
+    result = engine.step_gradients(groups, objective)
+    assert result.loss == pytest.approx(loss, abs=1e-12)
+    assert result.kl == pytest.approx(kl, abs=1e-12)
+    assert relative_error(result.grads, grads) < 1e-10
+    assert result.tokens_reused > 0
+
+
+def test_the_kl_estimate_of_the_tests_is_not_clamped(model):
+    engine = engine_of(model)
+    recorder = Recorder(engine.shape, torch.float64)
+    engine.view = recorder.view
+    assert engine.step_gradients(groups_of(model, recorder, engine.shape), KTO).kl > 0.1
+
+
+def test_rows_of_one_version_under_anothers_adapter_would_be_seen(model):
+    engine = engine_of(model)
+    recorder = Recorder(engine.shape, torch.float64)
+    engine.view = recorder.view
+    old, new = (random_adapter(engine.shape, torch.float64, seed) for seed in (2, 3))
+    samples = recorded(recorder, model, old, make_samples(3))
+    right = [VersionGroup(old, samples)]
+    _, grads, _ = naive_step(model, right, KTO)
+    assert relative_error(engine.step_gradients(right, KTO).grads, grads) < 1e-10
+    wrong = engine.step_gradients([VersionGroup(new, samples)], KTO)
+    assert relative_error(wrong.grads, grads) > 1e-3
+
+
+def test_results_per_sample(model):
+    engine = engine_of(model)
+    adapter = random_adapter(engine.shape, torch.float64, 2)
+    samples = make_samples(3)
+    result = engine.gradients(samples, adapter, KTO)
+    base = engine.score([s.pair for s in samples], None)
+    for sample, found, reference in zip(samples, result.samples, base, strict=True):
+        adapted = with_peft(model, adapter)
+        with torch.no_grad():
+            expected = naive_logps(adapted, sample.prompt_ids, sample.response_ids)
+        adapted.unload()
+        torch.testing.assert_close(found.logps, expected)
+        reward = 0.3 * (float(expected.sum()) - float(reference.sum()))
+        assert found.reward == pytest.approx(reward)
+        assert found.reference_logp == pytest.approx(float(reference.sum()))
+    chosen = [r.reward for s, r in zip(samples, result.samples, strict=True) if s.label]
+    assert result.metrics["rewards/chosen"] == pytest.approx(sum(chosen) / len(chosen))
+    assert result.loss == pytest.approx(sum(r.loss for r in result.samples) / 3)
+
+
+def test_v0_needs_no_reference_forward(model):
+    engine = engine_of(model)
+    zero = LoraAdapter.init(engine.shape, LoraConfig(rank=3), 1).as_served(torch.float64)
+    result = engine.gradients(make_samples(3), zero, KTO)
+    assert result.tokens_reference == 0
+    assert result.kl == 0
+    assert all(r.reward == 0 for r in result.samples)
+
+
+def test_sft_trains_up_votes_only(model):
+    engine = engine_of(model)
+    adapter = random_adapter(engine.shape, torch.float64, 2)
+    samples = make_samples(5)
+    sft = Objective(name="sft")
+    both = engine.gradients(samples, adapter, sft)
+    ups = engine.gradients([s for s in samples if s.label], adapter, sft)
+    assert both.loss == pytest.approx(ups.loss)
+    assert relative_error(both.grads, ups.grads) < 1e-12
+    none = engine.gradients([s for s in samples if not s.label], adapter, sft)
+    assert none.loss == 0
+    assert not any(g.any() for g in none.grads.values())
+
+
+class RevokingGate:
+    """Takes a row away at the n-th layer boundary."""
+
+    def __init__(self, at, row_gen, row):
+        self.left, self.row_gen, self.row = at, row_gen, row
+
+    def __call__(self):
+        self.left -= 1
+        if self.left == 0:
+            self.row_gen[self.row] += 1
+
+
+@pytest.mark.parametrize("max_tokens", [1 << 16, 12])
+def test_rows_revoked_at_any_layer_are_recomputed(model, max_tokens):
+    adapter = random_adapter(engine_of(model).shape, torch.float64, 2)
+    samples = make_samples(3)
+    loss, grads, _ = naive_step(model, [VersionGroup(adapter, samples)], KTO)
+    seen = 0
+    for at in range(1, 14):
+        engine = engine_of(model, max_tokens=max_tokens)
+        recorder = Recorder(engine.shape, torch.float64)
+        engine.view = recorder.view
+        mine = recorded(recorder, model, adapter, samples, share=2)
+        row = int(mine[1].recorded.rows[-1])
+        engine.gate = RevokingGate(at, recorder.row_gen, row)
+        result = engine.gradients(mine, adapter, KTO)
+        assert relative_error(result.grads, grads) < 1e-10
+        assert result.loss == pytest.approx(loss, abs=1e-12)
+        seen += result.rows_revoked > 0
+    assert seen >= 6
+
+
+def test_score_raises_when_rows_are_gone(model):
+    engine = engine_of(model)
+    recorder = Recorder(engine.shape, torch.float64)
+    engine.view = recorder.view
+    adapter = random_adapter(engine.shape, torch.float64, 2)
+    (sample,) = recorded(recorder, model, adapter, make_samples(1), share=2)
+    (before,) = engine.score([sample.pair], adapter)
+    (replayed,) = engine.score([sample.pair], adapter, [sample.recorded])
+    torch.testing.assert_close(before, replayed)
+    recorder.row_gen += 1
+    with pytest.raises(RowsRevoked):
+        engine.score([sample.pair], adapter, [sample.recorded])
+
+
+def test_suspending_at_every_layer_boundary_changes_no_bit(model):
+    calls = []
+
+    def gate():
+        calls.append(None)
+        # Another tenant's work in between: different allocations, different autograd state.
+        with torch.enable_grad():
+            torch.randn(64, 64, requires_grad=True).pow(2).sum().backward()
+
+    plain, gated = engine_of(model), engine_of(model, gate=gate)
+    adapter = random_adapter(plain.shape, torch.float64, 2)
+    a = plain.gradients(make_samples(4), adapter, KTO)
+    b = gated.gradients(make_samples(4), adapter, KTO)
+    layers = plain.shape.num_layers
+    assert len(calls) == 3 * layers  # reference, forward, backward
+    assert a.loss == b.loss
+    assert all(torch.equal(a.grads[n], b.grads[n]) for n in a.grads)
+
+
+@pytest.mark.parametrize("name", ["sft", "kto"])
+def test_one_sgd_step_equals_transformers_and_peft(name):
+    """float32 end to end: rows from serving, one step, the adapter of an ordinary training step."""
+    model = random_model("llama", torch.float32)
+    engine = engine_of(model)
+    recorder = Recorder(engine.shape, torch.float32)
+    engine.view = recorder.view
+    masters = random_adapter(engine.shape, torch.float32, 4).clone()
+    before = masters.clone()
+    objective = Objective(name=name, beta=0.3)
+    samples = recorded(recorder, model, masters, make_samples(4))
+    _, grads, _ = naive_step(model, [VersionGroup(before, samples)], objective)
+    result = engine.gradients(samples, masters.as_served(torch.float32), objective)
+    Optimizer(masters.weights, OptimizerConfig(name="sgd", learning_rate=0.5)).step(result.grads)
+    for weight, tensor in masters.weights.items():
+        expected = before.weights[weight] - 0.5 * grads[weight]
+        moved = (expected - before.weights[weight]).norm()
+        assert (tensor - expected).norm() <= 1e-4 * moved
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        lambda: Objective(name="dpo"),
+        lambda: Objective(reference="nobody"),
+        lambda: Objective(beta=-1.0),
+        lambda: Sample(prompt_ids=[], response_ids=[1], label=True),
+        lambda: Sample(prompt_ids=[1], response_ids=[], label=True),
+    ],
+)
+def test_bad_values_are_refused(bad):
+    with pytest.raises(ValueError, match=r"is|empty"):
+        bad()
