@@ -15,7 +15,7 @@ _library: torch.library.Library | None = None
 
 
 def prepare() -> None:
-    """Make `import sglang` and LoRA serving work on the CPU build of torch. Idempotent; a no-op on CUDA."""
+    """Make `import sglang` and `import transformers` work beside the CPU build of torch. Idempotent."""
     global _library
     if _library is not None or torch.cuda.is_available():
         return
@@ -24,7 +24,16 @@ def prepare() -> None:
     _library = torch.library.Library("torchvision", "DEF")
     for operator in ("nms", "qnms"):
         _library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    # SGLang's LoRA code asks for pinned memory without looking at the device; there is none to pin for.
+
+
+def ignore_pin_memory() -> None:
+    """For a scheduler process: SGLang's LoRA code asks for pinned memory without looking at the device.
+
+    Not for any other process: torch's meta-device context knows these functions by identity, so under it
+    transformers would load a model with uninitialised rotary tables.
+    """
+    if torch.cuda.is_available():
+        return
     for name in ("tensor", "zeros", "empty", "ones", "full", "arange"):
         setattr(torch, name, _without_pin_memory(getattr(torch, name)))
     torch.Tensor.pin_memory = lambda self, *args, **kwargs: self  # type: ignore[method-assign]

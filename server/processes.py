@@ -16,6 +16,8 @@ from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
 
+from alchemist.server import cpu
+
 import psutil
 from tqdm import tqdm
 
@@ -29,6 +31,8 @@ def run_scheduler(server_args: Any, port_args: Any, *args: Any, **kwargs: Any) -
     # Of its default lock a killed process leaves a named semaphore behind.
     tqdm.set_lock(threading.RLock())
     from sglang.srt.managers.load_snapshot import shm_path_for
+
+    cpu.ignore_pin_memory()
     from sglang.srt.managers.scheduler import run_scheduler_process
 
     from alchemist.server import run

@@ -24,14 +24,14 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def wait_for(condition: Any, timeout: float, what: str) -> Any:
+def wait_for(condition: Any, timeout: float, what: str, every: float = 0.05) -> Any:
     """Poll until `condition()` is truthy and return it; AssertionError naming `what` after `timeout` seconds."""
     deadline = time.monotonic() + timeout
     while time.monotonic() < deadline:
         value = condition()
         if value:
             return value
-        time.sleep(0.05)
+        time.sleep(every)
     raise AssertionError(f"{what}: not within {timeout} s")
 
 
@@ -62,7 +62,8 @@ class Server:
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,
                 cwd=ROOT,
-                env={**os.environ, **(env or {})},
+                # One thread a process: two that wait for each other crawl when the machine is busy.
+                env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})},
                 # A signal for the tests' process group is not one for the server.
                 start_new_session=True,
             )
@@ -79,7 +80,7 @@ class Server:
                 return False
 
         try:
-            wait_for(is_ready, BOOT_S, "ready")
+            wait_for(is_ready, BOOT_S, "ready", every=0.25)
         except AssertionError as error:
             raise AssertionError(f"{error}\n{self.tail()}") from None
 
