@@ -1,0 +1,237 @@
+"""Simulated users chat with a running server and vote by a rule; watch the answers change.
+
+    python scripts/simulate_users.py --prefer cheerful
+    python scripts/simulate_users.py --max-length 40 --votes 200 --plot docs/learning.png
+
+The rule is what all of `--prefer`, `--keyword` and `--max-length` that are given say; an answer
+that keeps it gets a thumbs-up, any other a thumbs-down. A fixed set of questions is asked before
+the first vote and after the last step: preferred rate at temperature 1, correctness at 0.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import random
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+from chat_client import Answer, ChatClient
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from tiny_corpus import INTENTS, STYLES, Question, is_correct, sample_question, style_of
+from users_report import plot, table
+
+ARITHMETIC = ("add", "subtract", "multiply")
+KL_ANSWERS_PER_VERSION = 8
+WAIT_SECONDS = 120
+"""How long votes may stay pending before the run gives up."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rule:
+    """What the users like."""
+
+    prefer: str | None
+    """One of `STYLES`."""
+    keyword: str | None
+    """Must be in the answer, in any case."""
+    max_length: int | None
+    """Characters."""
+
+    def __post_init__(self) -> None:
+        if self.prefer is None and self.keyword is None and self.max_length is None:
+            raise ValueError("no rule: give --prefer, --keyword or --max-length")
+
+    def likes(self, text: str) -> bool:
+        return (
+            (self.prefer is None or style_of(text) == self.prefer)
+            and (self.keyword is None or self.keyword.lower() in text.lower())
+            and (self.max_length is None or 0 < len(text) <= self.max_length)
+        )
+
+
+@dataclass(slots=True)
+class Run:
+    """What happened so far; one entry of `votes` per vote, in order."""
+
+    votes: list[dict[str, Any]] = field(default_factory=list)
+    kl: dict[str, list[float]] = field(default_factory=dict)
+    """Version → log-ratios to the base of the scored answers' tokens, nats."""
+    scored: dict[str, int] = field(default_factory=dict)
+    """Version → number of answers scored."""
+    asked: int = 0
+    status: dict[str, Any] = field(default_factory=dict)
+
+    def recent_rate(self, window: int = 32) -> float:
+        recent = self.votes[-window:]
+        return sum(v["liked"] for v in recent) / len(recent) if recent else 0.0
+
+
+async def evaluate(client: ChatClient, rule: Rule, args: argparse.Namespace) -> dict[str, float]:
+    """Preferred rate, and correctness of arithmetic and of the other checkable intents, 0 to 1."""
+    rng = random.Random(12345)
+    checkable = [i for i in INTENTS if sample_question(rng, i).is_checkable]
+    others = [i for i in checkable if i not in ARITHMETIC]
+    sets = {
+        "preferred": ([sample_question(rng) for _ in range(args.eval_questions)], 1.0),
+        "arithmetic": (_spread(rng, ARITHMETIC, args.eval_questions), 0.0),
+        "other": (_spread(rng, others, args.eval_questions), 0.0),
+    }
+    gate = asyncio.Semaphore(args.concurrency)
+
+    async def say(question: Question, temperature: float) -> str:
+        async with gate:
+            return (await client.ask(question.text, temperature)).text
+
+    result = {}
+    for name, (questions, temperature) in sets.items():
+        texts = await asyncio.gather(*(say(q, temperature) for q in questions))
+        if name == "preferred":
+            hits = [rule.likes(text) for text in texts]
+        else:
+            hits = [is_correct(q.meta, t) for q, t in zip(questions, texts, strict=True)]
+        result[name] = sum(hits) / len(hits)
+    return result
+
+
+def _spread(rng: random.Random, intents: tuple[str, ...] | list[str], count: int) -> list[Question]:
+    return [sample_question(rng, intents[i % len(intents)]) for i in range(count)]
+
+
+async def one_user(client: ChatClient, rule: Rule, args: argparse.Namespace, run: Run) -> None:
+    """Ask and vote until all votes are given out; holds back while the trainer is behind."""
+    while run.asked < args.votes:
+        index, run.asked = run.asked, run.asked + 1
+        await _until_caught_up(client, args, run)
+        question = sample_question(random.Random(args.seed * 1_000_003 + index))
+        answer = await client.ask(question.text, args.temperature)
+        liked = rule.likes(answer.text)
+        await client.vote(answer.completion_id, "up" if liked else "down")
+        right = is_correct(question.meta, answer.text) if question.is_checkable else None
+        run.votes.append(
+            {
+                "version": answer.version,
+                "liked": liked,
+                "arithmetic": right if question.intent in ARITHMETIC else None,
+                "other": None if question.intent in ARITHMETIC else right,
+                "question": question.text,
+                "answer": answer.text,
+            }
+        )
+        await _score(client, answer, run)
+
+
+async def _until_caught_up(client: ChatClient, args: argparse.Namespace, run: Run) -> None:
+    deadline = time.monotonic() + WAIT_SECONDS
+    while True:
+        run.status = await client.training()
+        if run.status["pending"] <= args.max_pending:
+            return
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"{run.status['pending']} votes pending for {WAIT_SECONDS} s")
+        await asyncio.sleep(0.2)
+
+
+async def _score(client: ChatClient, answer: Answer, run: Run) -> None:
+    if run.scored.get(answer.version, 0) < KL_ANSWERS_PER_VERSION:
+        run.scored[answer.version] = run.scored.get(answer.version, 0) + 1
+        ratios = await client.kl_to_base(answer.completion_id)
+        run.kl.setdefault(answer.version, []).extend(ratios)
+
+
+async def show(progress: Progress, run: Run, total: int) -> None:
+    bar = progress.add_task("votes", total=total, version="", liked="", pending="")
+    while True:
+        progress.update(
+            bar,
+            completed=len(run.votes),
+            version=run.status.get("live_version", "…"),
+            liked=f"{100 * run.recent_rate():.0f} %",
+            pending=run.status.get("pending", 0),
+        )
+        await asyncio.sleep(0.2)
+
+
+async def simulate(args: argparse.Namespace, rule: Rule, console: Console) -> dict[str, Any]:
+    """The whole run: evaluate, vote, flush, evaluate. What `--json` writes."""
+    started, run = time.monotonic(), Run()
+    columns = (
+        TextColumn("votes"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("live {task.fields[version]} · preferred {task.fields[liked]}"),
+        TextColumn("· pending {task.fields[pending]}"),
+        TimeElapsedColumn(),
+    )
+    async with ChatClient(args.url.rstrip("/"), args.api_key) as client:
+        before = await evaluate(client, rule, args)
+        first_vote = time.monotonic()
+        with Progress(*columns, console=console) as progress:
+            shown = asyncio.create_task(show(progress, run, args.votes))
+            users = (one_user(client, rule, args, run) for _ in range(args.concurrency))
+            await asyncio.gather(*users)
+            status = await client.flush(WAIT_SECONDS)
+            await asyncio.sleep(0.3)
+            shown.cancel()
+        trained = time.monotonic()
+        after = await evaluate(client, rule, args)
+    return {
+        "rule": {"prefer": rule.prefer, "keyword": rule.keyword, "max_length": rule.max_length},
+        "before": before,
+        "after": after,
+        "seconds_voting": round(trained - first_vote, 1),
+        "seconds": round(time.monotonic() - started, 1),
+        "training": status,
+        "kl": {v: sum(r) / len(r) for v, r in run.kl.items() if r},
+        "votes": run.votes,
+    }
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--url", default="http://127.0.0.1:30000")
+    parser.add_argument("--api-key", default=None)
+    parser.add_argument("--prefer", choices=STYLES, default=None, help="the style that is liked")
+    parser.add_argument("--keyword", default=None, help="liked answers contain it")
+    parser.add_argument("--max-length", type=int, default=None, help="characters, at most")
+    parser.add_argument("--votes", type=int, default=300)
+    parser.add_argument("--concurrency", type=int, default=4, help="users at once")
+    parser.add_argument("--temperature", type=float, default=1.0, help="of the voted answers")
+    parser.add_argument("--max-pending", type=int, default=32, help="votes; users wait above it")
+    parser.add_argument("--eval-questions", type=int, default=120, help="in each of three sets")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--plot", type=Path, default=None, help="write the curve as PNG")
+    parser.add_argument("--json", type=Path, default=None, help="write everything that was seen")
+    return parser.parse_args(argv)
+
+
+def main() -> int:
+    args, console = parse(sys.argv[1:]), Console()
+    try:
+        rule = Rule(prefer=args.prefer, keyword=args.keyword, max_length=args.max_length)
+        result = asyncio.run(simulate(args, rule, console))
+    except (httpx.HTTPError, openai.APIError, TimeoutError, ValueError) as error:
+        text = f"{args.url}: {type(error).__name__}: {error}"
+        console.print(text, style="red", markup=False)
+        return 1
+    console.print(table(result))
+    before, after = result["before"], result["after"]
+    for name in before:
+        console.print(f"{name:>10}: {100 * before[name]:5.1f} % → {100 * after[name]:5.1f} %")
+    console.print(f"{result['seconds_voting']} s of voting, {result['seconds']} s in all")
+    if args.json:
+        args.json.write_text(json.dumps(result, indent=1) + "\n")
+    if args.plot:
+        plot(result, args.plot)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,71 @@
+"""Simulated users: the rule they vote by, and the report of a run."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
+
+from simulate_users import Rule, Run
+from users_report import by_version, plot, table
+
+
+def rule(**given):
+    return Rule(**{"prefer": None, "keyword": None, "max_length": None, **given})
+
+
+@pytest.mark.parametrize(
+    ("given", "text", "liked"),
+    [
+        ({"prefer": "formal"}, "Certainly. The sky is blue.", True),
+        ({"prefer": "formal"}, "The sky is blue.", False),
+        ({"keyword": "BLUE"}, "The sky is blue.", True),
+        ({"keyword": "red"}, "The sky is blue.", False),
+        ({"max_length": 4}, "Blue", True),
+        ({"max_length": 4}, "The sky is blue.", False),
+        ({"max_length": 4}, "", False),
+        ({"prefer": "plain", "keyword": "sky", "max_length": 20}, "The sky is blue.", True),
+        ({"prefer": "plain", "keyword": "sky", "max_length": 10}, "The sky is blue.", False),
+    ],
+)
+def test_rule(given, text, liked):
+    assert rule(**given).likes(text) is liked
+
+
+def test_no_rule_is_refused():
+    with pytest.raises(ValueError, match="no rule"):
+        rule()
+
+
+def vote(version, liked):
+    return {"version": version, "liked": liked, "arithmetic": None, "other": True}
+
+
+def test_recent_rate_forgets_old_votes():
+    run = Run(votes=[vote("v0", False)] * 40 + [vote("v1", True)] * 8)
+    assert run.recent_rate(window=16) == 0.5
+    assert Run().recent_rate() == 0
+
+
+def test_versions_are_in_their_order():
+    votes = [vote(v, True) for v in ("v0", "v10", "v2", "v10")]
+    assert {v: len(group) for v, group in by_version(votes).items()} == {"v0": 1, "v2": 1, "v10": 2}
+    assert list(by_version(votes)) == ["v0", "v2", "v10"]
+
+
+@pytest.mark.parametrize("kl", [{}, {"v0": 0.0, "v1": 0.3}])
+def test_report_of_a_run(tmp_path, kl):
+    result = {
+        "votes": [vote("v0", False), vote("v1", True)],
+        "kl": kl,
+        "before": {"preferred": 0.2, "arithmetic": 0.9},
+        "after": {"preferred": 0.9, "arithmetic": 0.9},
+        "rule": {"prefer": "formal"},
+        "seconds_voting": 1.0,
+    }
+    assert table(result).row_count == 2
+    plot(result, tmp_path / "curve.png")
+    assert (tmp_path / "curve.png").stat().st_size > 1000
