@@ -30,6 +30,8 @@ logger = logging.getLogger("alchemist")
 
 _ABORT_S = 2.0
 """How long aborted requests get to say so to their clients."""
+_CONNECTIONS_S = 5
+"""How long uvicorn waits for connections that are still open when all requests have ended."""
 _DYING_S = 2.0
 
 
@@ -107,10 +109,10 @@ class Ending:
 
     def __init__(self, front: Front, config: Config, manager: Any) -> None:
         self._front, self._config, self._manager = front, config, manager
-        # uvicorn has installed its own handlers by now; theirs ends the server in order.
-        self._end_uvicorn = signal.getsignal(signal.SIGINT)
+        # uvicorn has installed its own handlers by now: methods of its server.
+        self._uvicorn: Any = getattr(signal.getsignal(signal.SIGINT), "__self__", None)
+        assert hasattr(self._uvicorn, "should_exit")
         self._task: asyncio.Task[None] | None = None
-        self._is_second = False
 
     def take_signals(self) -> None:
         loop = asyncio.get_running_loop()
@@ -125,11 +127,8 @@ class Ending:
 
     def _on_signal(self, number: int) -> None:
         if self._task is not None:
-            # uvicorn raises the signal again once it is done; only a person's counts here.
-            if not self._task.done() and not self._is_second:
-                self._is_second = True
-                logger.warning("second signal: requests in flight are aborted now")
-                self._manager.abort_request(abort_all=True)
+            logger.warning("second signal: requests in flight are aborted now")
+            self._manager.abort_request(abort_all=True)
             return
         self._front.is_ending = True
         logger.info(
@@ -145,11 +144,9 @@ class Ending:
             logger.warning("%d request(s) aborted at shutdown", self._front.num_in_flight)
             self._manager.abort_request(abort_all=True)
             await self._is_drained(_ABORT_S)
-        assert callable(self._end_uvicorn)
-        self._end_uvicorn(signal.SIGINT, None)
-        # Idle keep-alive connections get a moment, then uvicorn is told not to wait for them.
-        await asyncio.sleep(1.0)
-        self._end_uvicorn(signal.SIGINT, None)
+        # Not by its own signal handler: a second call of that would skip the end of the lifespan, and so ours.
+        self._uvicorn.config.timeout_graceful_shutdown = _CONNECTIONS_S
+        self._uvicorn.should_exit = True
 
     async def _is_drained(self, timeout: float) -> bool:
         with contextlib.suppress(TimeoutError):
