@@ -33,6 +33,21 @@ class _Message(msgspec.Struct, tag=True, kw_only=True, frozen=True):
     pass
 
 
+class SharedMemory(msgspec.Struct, kw_only=True, frozen=True):
+    """What the scheduler owns and the trainer maps."""
+
+    layout: RowLayout
+    weights: dict[str, TensorHandle]
+    """SGLang parameter name → tensor."""
+    k: list[TensorHandle]
+    """Per layer [slots, n_kv, d], after norm and rope."""
+    v: list[TensorHandle]
+    rows: list[TensorHandle]
+    """Per layer [num_rows, width]; empty when nothing is recorded."""
+    row_gen: TensorHandle | None
+    """[num_rows] int64: raised whenever a row's content stops being what it was."""
+
+
 class SchedulerHello(_Message, kw_only=True, frozen=True):
     """The scheduler's plugin is in place: what it wrapped and what it shares."""
 
@@ -44,16 +59,8 @@ class SchedulerHello(_Message, kw_only=True, frozen=True):
     missing: list[str]
     """Targets that should be wrapped and are not: the server must not start."""
     model_path: str
-    layout: RowLayout
-    weights: dict[str, TensorHandle]
-    """SGLang parameter name → tensor."""
-    k: list[TensorHandle]
-    """Per layer [slots, n_kv, d]."""
-    v: list[TensorHandle]
-    rows: list[TensorHandle]
-    """Per layer [num_rows, width]; empty when nothing is recorded."""
-    row_gen: TensorHandle | None
-    """[num_rows] int64: raised whenever a row's content stops being what it was."""
+    memory: SharedMemory | None
+    """None when there is no trainer to share with."""
 
 
 class Finished(_Message, kw_only=True, frozen=True):
@@ -91,7 +98,8 @@ class Welcome(_Message, kw_only=True, frozen=True):
     config: bytes
     """`Config` as JSON."""
     data_dir: str
-    scheduler: SchedulerHello
+    model_path: str
+    memory: SharedMemory
     lease: SegmentHandle
     rows_address: str | None
 
@@ -217,7 +225,7 @@ def unpack_floats(data: bytes) -> list[float]:
 
 
 def _little(code: str, values: Iterable[int] | Iterable[float]) -> bytes:
-    items = array.array(code, values)  # type: ignore[type-var]
+    items = array.array(code, values)
     if sys.byteorder == "big":
         items.byteswap()
     return items.tobytes()

@@ -58,7 +58,11 @@ class Engine:
 
     def share_kv(self, kv_pool: Any) -> None:
         """Put the KV pool's buffers into shared memory, before anything takes their addresses."""
-        if kv_pool.k_buffer is None or kv_pool.k_buffer[0].device.type != "cpu":
+        if (
+            self.config.no_train
+            or kv_pool.k_buffer is None
+            or kv_pool.k_buffer[0].device.type != "cpu"
+        ):
             return
         specs: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
         for layer in range(kv_pool.layer_num):
@@ -80,33 +84,34 @@ class Engine:
 
     def attach(self, runner: Any, hooks: list[str], missing: list[str]) -> None:
         """The model and its pools exist: share the weights, make the activation pool, say hello."""
-        if self._kv_handles is None:
-            raise RuntimeError(
-                f"the KV pool {type(runner.token_to_kv_pool).__name__} on {runner.device} is not shared: "
-                "Alchemist trains on CPU with a plain multi-head KV pool; "
-                "start with --no-train --record none to serve without learning"
-            )
-        layout = layout_of(runner)
-        self._share_weights(runner.model)
-        if self.config.record == "prefill" and not self.config.no_train:
-            self._make_pool(runner, layout)
-        rows, row_gen = self.pool.handles if self.pool else ([], None)
-        assert self._weights is not None
-        k, v = self._kv_handles
         hello = messages.SchedulerHello(
             tp_rank=runner.ps.tp_rank,
             pid=os.getpid(),
             hooks=hooks,
             missing=missing,
             model_path=runner.model_config.model_path,
-            layout=layout,
-            weights=self._weights.handles,
-            k=k,
-            v=v,
-            rows=rows,
-            row_gen=row_gen,
+            memory=None if self.config.no_train else self._share(runner),
         )
         self._control.send(messages.encode(hello))
+
+    def _share(self, runner: Any) -> messages.SharedMemory:
+        """What the trainer maps: weights, KV pool, recorded rows."""
+        if self._kv_handles is None:
+            raise RuntimeError(
+                f"the KV pool {type(runner.token_to_kv_pool).__name__} on {runner.device} is not shared: "
+                "Alchemist trains on CPU with a plain multi-head KV pool; "
+                "start with --no-train to serve without learning"
+            )
+        layout = layout_of(runner)
+        self._share_weights(runner.model)
+        if self.config.record == "prefill":
+            self._make_pool(runner, layout)
+        rows, row_gen = self.pool.handles if self.pool else ([], None)
+        assert self._weights is not None
+        k, v = self._kv_handles
+        return messages.SharedMemory(
+            layout=layout, weights=self._weights.handles, k=k, v=v, rows=rows, row_gen=row_gen
+        )
 
     def _share_weights(self, model: torch.nn.Module) -> None:
         """Move every parameter into shared memory; the module keeps using the moved one, so there is one copy."""

@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 _POLL_S = 0.2
 _HELLO_TIMEOUT_S = 60.0
 _REPORT_S = 10.0
-_SETTLE_S = 0.5
+_SETTLE_S = 2.0
 _MAX_CRASHES = 3
 """Times a batch may end the trainer by its own fault before its votes are given up."""
 
@@ -265,6 +265,8 @@ class Learner:
         if len(self._recorded) > 100_000:
             self._recorded.pop(next(iter(self._recorded)))
         aborted = message.finish_reason == "abort"
+        # Open until it is stored, also when this report is ahead of the answer's first chunk.
+        self.ledger.mark_streaming(message.rid)
         self.ledger.add_completion(
             Completion(
                 id=message.rid,
@@ -327,12 +329,15 @@ class Learner:
 
     def _welcome(self) -> messages.Welcome:
         assert self._hello is not None
+        memory = self._hello.memory
+        assert memory is not None
         return messages.Welcome(
             config=self.config.to_json().encode(),
             data_dir=self.config.data_dir,
-            scheduler=self._hello,
+            model_path=self._hello.model_path,
+            memory=memory,
             lease=self.run.lease,
-            rows_address=self.run.rows_address(self._hello.tp_rank) if self._hello.rows else None,
+            rows_address=self.run.rows_address(self._hello.tp_rank) if memory.rows else None,
         )
 
     def _trainer_ended(self, code: int) -> None:

@@ -21,7 +21,4 @@ def register() -> None:
         return
     from alchemist.server.engine import Engine
 
-    config = this_run.load_config()
-    if config.no_train and config.record == "none":
-        return
     hooks.register(hooks.scheduler_hooks(Engine(this_run)))

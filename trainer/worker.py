@@ -66,24 +66,24 @@ class Worker:
         self, welcome: messages.Welcome, context: zmq.Context[zmq.Socket[bytes]], server_pid: int
     ) -> None:
         self.settings = settings = msgspec.json.decode(welcome.config, type=Settings)
-        hello = welcome.scheduler
-        config = AutoConfig.from_pretrained(hello.model_path, trust_remote_code=False)
+        memory = welcome.memory
+        config = AutoConfig.from_pretrained(welcome.model_path, trust_remote_code=False)
         self.shape = ModelShape.from_config(config)
         self._max_tokens: int = config.max_position_embeddings
         importer = Importer()
-        tensors = {name: importer.open(handle) for name, handle in hello.weights.items()}
+        tensors = {name: importer.open(handle) for name, handle in memory.weights.items()}
         self.shared_bytes = sum(t.numel() * t.element_size() for t in tensors.values())
         self.lease = Lease.attach(welcome.lease)
         self.gate = Gate(self.lease, alive=lambda: os.getppid() == server_pid)
         view = None
         self.desk: RowDesk | None = None
-        if hello.rows and hello.row_gen is not None and welcome.rows_address is not None:
+        if memory.rows and memory.row_gen is not None and welcome.rows_address is not None:
             view = ActivationView(
-                hello.layout,
-                [importer.open(handle) for handle in hello.rows],
-                [importer.open(handle) for handle in hello.k],
-                [importer.open(handle) for handle in hello.v],
-                importer.open(hello.row_gen),
+                memory.layout,
+                [importer.open(handle) for handle in memory.rows],
+                [importer.open(handle) for handle in memory.k],
+                [importer.open(handle) for handle in memory.v],
+                importer.open(memory.row_gen),
             )
             self.desk = RowDesk(context, welcome.rows_address)
         weights = BaseWeights(tensors, self.shape)
@@ -96,7 +96,7 @@ class Worker:
             undesirable_weight=settings.undesirable_weight,
             reference=settings.reference,  # type: ignore[arg-type]
         )
-        self.store = VersionStore(Path(welcome.data_dir) / "versions", hello.model_path)
+        self.store = VersionStore(Path(welcome.data_dir) / "versions", welcome.model_path)
         self._served: dict[int, LoraAdapter] = {}
         self._masters: LoraAdapter | None = None
         self._optimizer: Optimizer | None = None
