@@ -1,0 +1,349 @@
+"""What Alchemist costs serving: TTFT, TPOT and throughput beside plain SGLang, in one run.
+
+    python scripts/bench_serving.py [--quick] [--only NAME,…] [--json FILE|-]
+
+Four servers are up at once and measured in turn, in rotated order; the others are idle meanwhile:
+
+    plain       SGLang with the same flags, nothing of ours and no LoRA
+    off         Alchemist with --no-train --record none
+    recording   Alchemist recording every prefill, its trainer idle
+    idle        the same while training: a backlog of votes, lease policy idle
+
+The load is SGLang's own benchmark client, with random token ids (no prefix is ever shared). Latency ratios are
+ours ÷ plain: less is better. The gate: greedy tokens and logprobs of all four servers' base model agree.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx
+from bench_common import Row, Run, progress, quartiles
+
+from alchemist.server.main import TINY_MODEL
+
+ROOT = Path(__file__).parents[1]
+_CLIENT = """
+import runpy
+import alchemist.server  # makes sglang importable without a GPU
+runpy.run_module("sglang.bench_serving", run_name="__main__", alter_sys=True)
+"""
+BARS = {"ttft_p50_recording": 1.05, "ttft_p50_idle": 1.25}
+
+
+class Target:
+    """One server under test."""
+
+    def __init__(self, name: str, module: list[str], args: list[str], folder: Path) -> None:
+        self.name = name
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+        self.http = httpx.Client(base_url=f"http://127.0.0.1:{self.port}", timeout=300)
+        self.log = folder / f"{name}.log"
+        with self.log.open("wb") as output:
+            self.process = subprocess.Popen(
+                [sys.executable, *module, "--port", str(self.port), *args],
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                cwd=ROOT,
+                start_new_session=True,
+            )
+
+    def wait_ready(self) -> None:
+        deadline = time.monotonic() + 300
+        while time.monotonic() < deadline:
+            if self.process.poll() is not None:
+                break
+            try:
+                if self.http.get("/health").status_code == 200:
+                    return
+            except httpx.TransportError:
+                pass
+            time.sleep(0.3)
+        sys.exit(
+            f"server {self.name} did not start; its log: {self.log}\n{self.log.read_text()[-3000:]}"
+        )
+
+    def stop(self) -> None:
+        self.process.send_signal(signal.SIGTERM)
+        try:
+            self.process.wait(40)
+        except subprocess.TimeoutExpired:
+            os.killpg(self.process.pid, signal.SIGKILL)
+
+    def greedy(self) -> list[Any]:
+        """Tokens and logprobs of a few fixed prompts under the base model."""
+        out = []
+        for length in (5, 60, 300):
+            body: dict[str, Any] = {
+                "input_ids": [(7 * i + length) % 900 + 10 for i in range(length)],
+                "sampling_params": {"max_new_tokens": 16, "temperature": 0, "ignore_eos": True},
+                "return_logprob": True,
+            }
+            if self.name != "plain":
+                body["lora_path"] = "base"
+            answer = self.http.post("/generate", json=body).json()
+            out.append(
+                [(e[1], round(e[0], 4)) for e in answer["meta_info"]["output_token_logprobs"]]
+            )
+        return out
+
+    def load(self, options: argparse.Namespace, seed: int, folder: Path) -> dict[str, Any]:
+        """One run of SGLang's benchmark client; its result with per-request details, times in seconds."""
+        result = folder / f"{self.name}-{seed}.jsonl"
+        command = [
+            *(sys.executable, "-c", _CLIENT, "--backend", "sglang"),
+            *("--host", "127.0.0.1", "--port", str(self.port), "--dataset-name", "random-ids"),
+            *("--model", options.model, "--tokenizer", options.model, "--seed", str(seed)),
+            *("--num-prompts", str(options.requests), "--request-rate", str(options.rate)),
+            *(
+                "--random-input-len",
+                str(options.input_len),
+                "--random-output-len",
+                str(options.output_len),
+            ),
+            *("--random-range-ratio", "1.0", "--warmup-requests", "1", "--disable-tqdm"),
+            *("--output-file", str(result), "--output-details"),
+        ]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+        if not result.exists():
+            sys.exit(
+                f"the benchmark client failed on {self.name}:\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+            )
+        found: dict[str, Any] = json.loads(result.read_text().splitlines()[-1])
+        if found["completed"] != options.requests:
+            sys.exit(
+                f"{self.name}: {found['completed']} of {options.requests} requests were answered"
+            )
+        return found
+
+
+class Backlog:
+    """Votes enough to keep the trainer busy for as long as it may train."""
+
+    def __init__(self, target: Target) -> None:
+        self._http = target.http
+        self._user = 0
+        self.train_seconds = 0.0
+        self._http.post("/v1/training/pause")
+        self._completions = [self._complete(i) for i in range(8)]
+
+    def _complete(self, i: int) -> str:
+        body = {
+            "input_ids": [(13 * j + 101 * i) % 900 + 10 for j in range(400)],
+            "sampling_params": {"max_new_tokens": 24, "temperature": 1.0, "ignore_eos": True},
+        }
+        return str(self._http.post("/generate", json=body).json()["meta_info"]["id"])
+
+    def status(self) -> dict[str, Any]:
+        found: dict[str, Any] = self._http.get("/v1/training").json()
+        return found
+
+    def start(self, votes: int) -> None:
+        missing = votes - self.status()["pending"]
+        for i in range(max(0, missing)):
+            self._user += 1
+            vote = {
+                "completion_id": self._completions[i % len(self._completions)],
+                "rating": "up" if i % 2 else "down",
+                "user": f"bench-{self._user}",
+            }
+            self._http.post("/v1/feedback", json=vote).raise_for_status()
+        self._http.post("/v1/training/resume").raise_for_status()
+
+    def stop(self) -> int:
+        """Pause, wait until the step under way is over; steps done so far."""
+        if self.status()["pending"] == 0:
+            sys.exit("the backlog of votes ran dry: the trainer was not busy throughout")
+        self._http.post("/v1/training/pause").raise_for_status()
+        while self.status()["lease"]["trainer_state"] in ("running", "yielded"):
+            time.sleep(0.05)
+        return int(self.status()["step"])
+
+    def dedicated_rate(self, seconds: float) -> float:
+        """Training tokens per second with nobody to serve."""
+        self.start(4000)
+        time.sleep(2.0)
+        return self.rate_over(lambda: time.sleep(seconds))[0]
+
+    def rate_over(self, action: Any) -> tuple[float, Any]:
+        before, started = self.status(), time.monotonic()
+        result = action()
+        after, ended = self.status(), time.monotonic()
+        tokens = sum(after[k] - before[k] for k in ("tokens_reused", "tokens_recomputed"))
+        return tokens / (ended - started), result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--model", default=str(TINY_MODEL), help="model directory (default: the embedded one)"
+    )
+    parser.add_argument("--input-len", type=int, default=512, help="prompt tokens (default: 512)")
+    parser.add_argument("--output-len", type=int, default=24, help="answer tokens (default: 24)")
+    parser.add_argument(
+        "--rate", type=float, default=2.0, help="requests per second, Poisson (default: 2)"
+    )
+    parser.add_argument(
+        "--requests", type=int, default=0, help="requests per round (default: 40; quick: 16)"
+    )
+    Run.add_arguments(parser)
+    options = parser.parse_args()
+    options.requests = options.requests or (16 if options.quick else 40)
+    rounds = 2 if options.quick else 6
+    run = Run("serving", options)
+    with tempfile.TemporaryDirectory(prefix="alchemist-bench-") as name:
+        folder = Path(name)
+        alchemist = ["-m", "alchemist.server"]
+        model = ["--model-path", options.model]
+
+        def data(variant: str) -> list[str]:
+            return [*model, "--data-dir", str(folder / variant)]
+
+        targets = [
+            Target("plain", ["scripts/plain_sglang.py"], model, folder),
+            Target("off", alchemist, [*data("off"), "--no-train", "--record", "none"], folder),
+            Target("recording", alchemist, data("recording"), folder),
+            Target("idle", alchemist, [*data("idle"), "--train-batch-size", "16"], folder),
+        ]
+        try:
+            measure(run, options, targets, rounds, folder)
+        finally:
+            for target in targets:
+                target.stop()
+    run.finish()
+
+
+def measure(
+    run: Run, options: argparse.Namespace, targets: list[Target], rounds: int, folder: Path
+) -> None:
+    for target in progress(targets, "starting servers"):
+        target.wait_ready()
+    expected = targets[0].greedy()
+    for target in targets[1:]:
+        if target.greedy() != expected:
+            sys.exit(
+                f"gate: {target.name} does not answer as plain SGLang does; nothing was measured"
+            )
+    backlog = Backlog(targets[-1])
+    dedicated = backlog.dedicated_rate(4.0 if options.quick else 12.0)
+    backlog.stop()
+    for target in progress(targets, "warm-up"):
+        target.load(options, 999, folder)
+    results: dict[str, list[dict[str, Any]]] = {target.name: [] for target in targets}
+    rates: list[float] = []
+    order = [
+        (r, targets[(i + r) % len(targets)]) for r in range(rounds) for i in range(len(targets))
+    ]
+    for r, target in progress(order, "measuring"):
+        if target.name == "idle":
+            backlog.start(4000)
+            rate, result = backlog.rate_over(lambda t=target, s=r: t.load(options, s, folder))
+            rates.append(rate)
+            backlog.stop()
+        else:
+            result = target.load(options, r, folder)
+        results[target.name].append(result)
+    report(run, results, rates, dedicated, backlog.status()["lease"])
+
+
+def report(
+    run: Run,
+    results: dict[str, list[dict[str, Any]]],
+    rates: list[float],
+    dedicated: float,
+    lease: dict[str, Any],
+) -> None:
+    def quantile(result: dict[str, Any], what: str, q: float) -> float:
+        if what == "ttft":
+            values = sorted(result["ttfts"])
+        else:
+            values = sorted(statistics.fmean(itls) for itls in result["itls"] if itls)
+        return values[min(len(values) - 1, int(q * len(values)))] * 1e3
+
+    for what in ("ttft", "tpot"):
+        for label, q in (("p50", 0.5), ("p99", 0.99)):
+            plain = [quantile(result, what, q) for result in results["plain"]]
+            run.add(
+                Row(
+                    f"{what}_{label}_plain",
+                    statistics.median(plain),
+                    "ms",
+                    quartiles(plain),
+                    len(plain),
+                )
+            )
+            for name in ("off", "recording", "idle"):
+                # Each round against plain SGLang's measurement of the same round and the same requests.
+                ratios = [
+                    quantile(ours, what, q) / base
+                    for ours, base in zip(results[name], plain, strict=True)
+                ]
+                row = f"{what}_{label}_{name}"
+                run.add(
+                    Row(
+                        row,
+                        statistics.median(ratios),
+                        "x",
+                        quartiles(ratios),
+                        len(ratios),
+                        against="plain SGLang, same run",
+                        bar=BARS.get(row),
+                        less_is_better=True,
+                    )
+                )
+    for name, found in results.items():
+        values = [result["output_throughput"] for result in found]
+        run.add(
+            Row(
+                f"output_throughput_{name}",
+                statistics.median(values),
+                "tokens/s",
+                quartiles(values),
+                len(values),
+            )
+        )
+    acks = lease["revocations"]
+    for label in ("p50", "p99"):
+        value = lease[f"revoke_{label}_ms"]
+        if value is not None:
+            run.add(Row(f"revoke_{label}_ms", value, "ms", (value, value), acks))
+    run.add(
+        Row(
+            "longest_layer_ms",
+            lease["longest_layer_ms"],
+            "ms",
+            (lease["longest_layer_ms"],) * 2,
+            acks,
+        )
+    )
+    run.add(Row("train_tokens_dedicated", dedicated, "tokens/s", (dedicated, dedicated), 1))
+    shares = [rate / dedicated for rate in rates]
+    run.add(
+        Row(
+            "train_share_idle",
+            statistics.median(shares),
+            "x",
+            quartiles(shares),
+            len(shares),
+            against="dedicated",
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()
