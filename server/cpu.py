@@ -21,9 +21,10 @@ def prepare() -> None:
         return
     # The torchvision wheel's operators are linked against CUDA and do not load, but its Python half
     # registers fake kernels for them at import; declaring the schemas is all that needs.
-    _library = torch.library.Library("torchvision", "DEF")
+    _library = torch.library.Library("torchvision", "DEF")  # type: ignore[no-untyped-call]
     for operator in ("nms", "qnms"):
-        _library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        schema = f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
+        _library.define(schema)  # type: ignore[no-untyped-call]
 
 
 def ignore_pin_memory() -> None:

@@ -16,10 +16,10 @@ from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
 
-from alchemist.server import cpu
-
 import psutil
 from tqdm import tqdm
+
+from alchemist.server import cpu
 
 _PR_SET_PDEATHSIG = 1
 _FILES = "files"
@@ -38,9 +38,9 @@ def run_scheduler(server_args: Any, port_args: Any, *args: Any, **kwargs: Any) -
     from alchemist.server import run
 
     this_run = run.current()
-    assert this_run is not None
-    # SGLang never removes this file; whoever removes the run does.
-    note_file(this_run.directory, shm_path_for(port_args.instance_id))
+    if this_run is not None:
+        # SGLang never removes this file; whoever removes the run does.
+        note_file(this_run.directory, shm_path_for(port_args.instance_id))
     run_scheduler_process(server_args, port_args, *args, **kwargs)
 
 
