@@ -69,6 +69,7 @@ def install(app: FastAPI, front: Front, server_args: Any, manager: Any) -> None:
         manager.auto_create_handle_loop()
         ending = Ending(front, config, manager)
         ending.take_signals()
+        learner.give_up = ending.end_now
         async with front.serving(learner), theirs(app) as state:
             yield state
         ending.stop_watchdog()
@@ -157,11 +158,15 @@ class Ending:
 
     def _on_dead_child(self) -> None:
         self.stop_watchdog()
-        who = self._dead_children()
+        self.end_now(self._dead_children())
+
+    def end_now(self, reason: str) -> None:
+        """Without the event loop: keep what is acknowledged, leave nothing behind, exit with status 1."""
+        self.stop_watchdog()
         self._front.keep_all()
         processes.end_children()
         self._front.remove_run()
-        logger.critical("%s; the server ends", who)
+        logger.critical("%s; the server ends", reason)
         logging.shutdown()
         os._exit(1)
 

@@ -12,6 +12,7 @@ import contextlib
 import logging
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ _HELLO_TIMEOUT_S = 60.0
 _REPORT_S = 10.0
 _SETTLE_S = 2.0
 _MAX_CRASHES = 3
-"""Times a batch may end the trainer by its own fault before its votes are given up."""
+"""Times a batch may end the trainer by its own fault before its votes are given up; as often may it fail to start."""
 
 
 class TrainerGone(Unavailable):
@@ -75,6 +76,10 @@ class Learner:
         self._manager = manager
         self._hello: messages.SchedulerHello | None = None
         self._hello_came = asyncio.Event()
+        self.give_up: Callable[[str], None] = logger.critical
+        """Ends the server, saying why."""
+        self._failed_starts: int | None = 0
+        """Of the trainer in a row; None: it has been ready once."""
         self._context = zmq.asyncio.Context()
         self._socket: zmq.asyncio.Socket | None = None
         self._peer: bytes | None = None
@@ -310,6 +315,7 @@ class Learner:
                 await socket.send_multipart([peer, messages.encode(self._welcome())])
             elif isinstance(message, messages.TrainerReady):
                 self._peer = peer
+                self._failed_starts = None
                 # v0 is a version like any other: its directory holds the weights the first step starts from.
                 await self.ledger.set_path(0, self.config.versions_path / "v0")
                 self._wake.set()
@@ -343,6 +349,13 @@ class Learner:
     def _trainer_ended(self, code: int) -> None:
         self._peer = None
         self.lease.reset_trainer()
+        if code > 0 and self._failed_starts is not None:
+            self._failed_starts += 1
+            if self._failed_starts == _MAX_CRASHES:
+                self.give_up(
+                    "the trainer cannot start, for the reason above; "
+                    "add --no-train to serve without learning"
+                )
         if self._answer is not None and not self._answer.done():
             self._answer.set_exception(TrainerGone(crashed=code > 0))
 

@@ -165,6 +165,12 @@ def _check(config: Config, server_args: Any) -> None:
         raise LaunchError(
             f"--lora-rank is {config.lora_rank}; allowed: up to --max-lora-rank {server_args.max_lora_rank}"
         )
+    free = psutil.virtual_memory().available
+    if config.activation_memory_bytes > free and config.record != "none" and not config.no_train:
+        raise LaunchError(
+            f"--activation-memory is {config.activation_memory_bytes / 2**30:.1f} GiB; "
+            f"allowed: auto, or up to the {free / 2**30:.1f} GiB that are free"
+        )
     _check_model(config, server_args.model_path)
     _check_port(server_args.host, server_args.port)
     if not config.no_train and server_args.device != "cpu":

@@ -1,8 +1,8 @@
 """Version directories: written whole or not at all.
 
-    <root>/vN/adapter_config.json, adapter_model.safetensors    the PEFT adapter: float32 masters
+    <root>/vN/adapter_config.json, adapter_model.safetensors: the PEFT adapter: float32 masters
               manifest.json
-              optimizer/state.safetensors                       apart: loaders read every safetensors file beside the adapter
+              optimizer/state.safetensors    apart: loaders read every safetensors file beside the adapter
 
 A directory is made under a temporary name, synced, and renamed; one of that number that nobody committed is replaced.
 """
@@ -12,6 +12,8 @@ from __future__ import annotations
 import os
 import shutil
 from pathlib import Path
+
+from safetensors import SafetensorError
 
 from alchemist.protocol import manifest
 from alchemist.trainer.families import ModelShape
@@ -41,9 +43,12 @@ class VersionStore:
         """Masters of a version.
 
         Raises:
-            FileNotFoundError: its directory is gone. ValueError: it is of another model.
+            FileNotFoundError: its directory is gone. ValueError: it is of another model, or damaged.
         """
-        return LoraAdapter.load_peft(self.path(version), shape)
+        try:
+            return LoraAdapter.load_peft(self.path(version), shape)
+        except SafetensorError as error:
+            raise ValueError(f"{self.path(version)} is damaged: {error}") from error
 
     def load_optimizer(self, version: int, optimizer: Optimizer) -> bool:
         """Bring back the optimizer state saved with a version; whether there was any that fits."""
@@ -52,28 +57,49 @@ class VersionStore:
             return False
         try:
             optimizer.load(path)
-        except ValueError:
-            # Another kind of optimizer wrote it: its state means nothing to this one.
+        except (ValueError, SafetensorError):
+            # Another kind of optimizer wrote it, or it is damaged: its state means nothing to this one.
             return False
         return True
 
     def save(self, proof: manifest.Manifest, masters: LoraAdapter, optimizer: Optimizer) -> Path:
-        """Write version `proof.version`; it is on disk under its final name when this returns."""
+        """Write version `proof.version`; it is on disk under its final name when this returns.
+
+        Raises:
+            OSError: it cannot be written, as when the disk is full; nothing is left of the attempt.
+        """
         final = self.path(proof.version)
         temporary = self.root / f".tmp-v{proof.version}-{os.getpid()}"
         shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(mode=0o700)
-        masters.save_peft(temporary, self._base_model)
-        (temporary / OPTIMIZER_FILE).parent.mkdir()
-        optimizer.save(temporary / OPTIMIZER_FILE)
-        (temporary / manifest.FILE).write_bytes(manifest.encode(proof))
-        for file in temporary.rglob("*"):
-            _sync(file)
-        _sync(temporary)
+        try:
+            temporary.mkdir(mode=0o700)
+            self._write(temporary, proof, masters, optimizer)
+        except SafetensorError as error:
+            # The library's own error for any trouble with a file.
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise OSError(str(error)) from error
+        except OSError:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
         shutil.rmtree(final, ignore_errors=True)
         temporary.rename(final)
         _sync(self.root)
         return final
+
+    def _write(
+        self,
+        directory: Path,
+        proof: manifest.Manifest,
+        masters: LoraAdapter,
+        optimizer: Optimizer,
+    ) -> None:
+        masters.save_peft(directory, self._base_model)
+        (directory / OPTIMIZER_FILE).parent.mkdir()
+        optimizer.save(directory / OPTIMIZER_FILE)
+        (directory / manifest.FILE).write_bytes(manifest.encode(proof))
+        for file in directory.rglob("*"):
+            _sync(file)
+        _sync(directory)
 
 
 def _sync(path: Path) -> None:
