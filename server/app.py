@@ -53,7 +53,13 @@ def install(app: FastAPI, front: Front, server_args: Any, manager: Any) -> None:
     assert front.lease is not None
     assert front.ledger is not None
     config = front.run.load_config()
-    learner = Learner(front.run, config, front.lease, front.ledger, manager)
+    metrics = None
+    if server_args.enable_metrics:
+        # prometheus_client reads at import where SGLang wants its files; by now SGLang has said so.
+        from alchemist.server.metrics import LearningMetrics
+
+        metrics = LearningMetrics()
+    learner = Learner(front.run, config, front.lease, front.ledger, manager, metrics)
     app.include_router(build_router(learner))
     app.add_middleware(Readiness, front=front, learner=learner)
     app.add_middleware(

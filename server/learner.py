@@ -14,7 +14,7 @@ import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import zmq
 import zmq.asyncio
@@ -29,6 +29,9 @@ from alchemist.server.publisher import PROBE_PREFIX, Publisher, PublishRefused
 from alchemist.server.records import Completion, TrainingItem
 from alchemist.server.run import Run
 from alchemist.server.trainer_process import TrainerProcess
+
+if TYPE_CHECKING:
+    from alchemist.server.metrics import LearningMetrics
 
 __all__ = ["PROBE_PREFIX", "Learner"]
 
@@ -54,11 +57,18 @@ class Learner:
     """See the module. Created and used on one event loop."""
 
     def __init__(
-        self, run: Run, config: Config, lease: Lease, ledger: Ledger, manager: Any
+        self,
+        run: Run,
+        config: Config,
+        lease: Lease,
+        ledger: Ledger,
+        manager: Any,
+        metrics: LearningMetrics | None = None,
     ) -> None:
         """Args:
         manager: SGLang's TokenizerManager.
         """
+        self._metrics = metrics
         self.run = run
         self.config = config
         self.lease = lease
@@ -349,6 +359,8 @@ class Learner:
     def _trainer_ended(self, code: int) -> None:
         self._peer = None
         self.lease.reset_trainer()
+        if self._metrics is not None:
+            self._metrics.on_trainer_restart()
         if code > 0 and self._failed_starts is not None:
             self._failed_starts += 1
             if self._failed_starts == _MAX_CRASHES:
@@ -448,6 +460,8 @@ class Learner:
             metrics["publish_s"] = time.monotonic() - published
             self.last_step = {"step": step, "version": f"v{version}", **metrics}
             self.last_error = None
+            if self._metrics is not None:
+                self._metrics.on_step(metrics)
             logger.info("step %d → v%d: %s", step, version, _brief(metrics))
         finally:
             self._training = False
@@ -512,6 +526,8 @@ class Learner:
             return
         await self.ledger.set_version_state(version, "live", None)
         self.live = version
+        if self._metrics is not None:
+            self._metrics.on_live(version)
         logger.info("v%d is live (probe difference %.2g nats)", version, difference)
         await self.publisher.retire({version})
         await self._prune()
@@ -565,6 +581,8 @@ class Learner:
                 raise Conflict(str(error)) from error
         await self.ledger.set_version_state(version, "live", None)
         self.live = version
+        if self._metrics is not None:
+            self._metrics.on_live(version)
 
     async def rollback(self) -> None:
         """Make the live version's nearest servable ancestor live.

@@ -18,7 +18,15 @@ SGD = [
         "--max-grad-norm",
         "0",
     ),
-    *("--train-batch-size", "4", "--train-max-wait", "3600", "--chunked-prefill-size", "256"),
+    *(
+        "--train-batch-size",
+        "4",
+        "--train-max-wait",
+        "3600",
+        "--chunked-prefill-size",
+        "256",
+        "--enable-metrics",
+    ),
 ]
 
 

@@ -267,3 +267,18 @@ def test_pause_holds_training_and_resume_releases_it(server):
     assert server.http.post("/v1/training/resume").status_code == 200
     server.flush()
     assert server.http.get(f"/v1/feedback/{vote['id']}").json()["state"] == "trained"
+
+
+def test_metrics_tell_of_learning(server):
+    train_a_version(server)
+    text = server.http.get("/metrics").text
+    status = server.training()
+    values = {
+        line.split()[0]: float(line.split()[1])
+        for line in text.splitlines()
+        if line.startswith("alchemist_")
+    }
+    assert values["alchemist_steps_total"] >= 1
+    assert values["alchemist_live_version"] == int(status["live_version"][1:])
+    assert values['alchemist_tokens_total{origin="reused"}'] == status["tokens_reused"]
+    assert "sglang:" in text

@@ -17,7 +17,9 @@ PROMPTS = [
 def answers(server):
     out = []
     for prompt in PROMPTS:
-        answer = server.chat(prompt, model="base", logprobs=True, top_logprobs=3, max_tokens=48)
+        answer = server.chat(
+            prompt, model="base", logprobs=True, top_logprobs=3, max_tokens=48, cache_salt="bits"
+        )
         choice = answer["choices"][0]
         out.append(
             (choice["message"]["content"], [t["logprob"] for t in choice["logprobs"]["content"]])
