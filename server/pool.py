@@ -1,9 +1,9 @@
 """The activation pool: rows of activations, found by KV slot.
 
 `row_of_slot[slot]` names the row that holds the activations of the token whose keys and values are in `slot` (−1:
-none). Whoever holds a slot therefore holds its row: a radix prefix hit reuses rows as it reuses slots, and a completion that
-shares a recorded system prompt shares its rows. A row ends when its slot is freed, when its slot is written again, or
-when rows run short and it is the least recently used one that nobody has checked out.
+none). Whoever holds a slot therefore holds its row: a radix prefix hit reuses rows as it reuses slots, and a completion
+that shares a recorded system prompt shares its rows. A row ends when its slot is freed, when its slot is written again,
+or when rows run short and it is the least recently used one that nobody has checked out.
 
 `row_gen[row]` lies in shared memory and is raised the moment a row stops being what it was, before anything new is
 written into it: a reader in another process compares it after reading and so never uses a torn row. `check_out` raises
