@@ -123,7 +123,8 @@ class _ReplayLinear(torch.autograd.Function):
             for i, dy, _ in wanted:
                 rank = lora[2 * i].shape[0]
                 part = x_a[:, offset : offset + rank]
-                dlora[2 * i + 1] = (dy.T @ part).mul_(meta.scaling)
+                # (partᵀ dy)ᵀ runs at twice the rate of dyᵀ part.
+                dlora[2 * i + 1] = (part.T @ dy).mul_(meta.scaling).T
                 offset += rank
         for i, _, is_zero in wanted:
             if is_zero and needs_lora[2 * i]:
