@@ -18,9 +18,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from alchemist.server import processes
 from alchemist.server.api import build_router
 from alchemist.server.config import Config
-from alchemist.server.errors import LaunchError, LedgerError
 from alchemist.server.learner import Learner
-from alchemist.server.ledger import Ledger
 from alchemist.server.routes import RouteGuard
 
 if TYPE_CHECKING:
@@ -33,18 +31,6 @@ _ABORT_S = 2.0
 _CONNECTIONS_S = 5
 """How long uvicorn waits for connections that are still open when all requests have ended."""
 _DYING_S = 2.0
-
-
-def open_ledger(config: Config) -> Ledger:
-    """Open the data directory's ledger.
-
-    Raises:
-        LaunchError: read-only, full, damaged, or in use by another server.
-    """
-    try:
-        return Ledger(config.ledger_path, keep_completions=config.keep_completions)
-    except (LedgerError, OSError) as error:
-        raise LaunchError(f"--data-dir {config.data_dir}: {error}") from None
 
 
 def install(app: FastAPI, front: Front, server_args: Any, manager: Any) -> None:

@@ -1,4 +1,4 @@
-"""Whether a data directory fits what the server is asked to do: same base model, same kind of adapter.
+"""Opening a data directory, and whether it fits what the server is asked to do: same base model, same kind of adapter.
 
 Its versions are adapters of one model; its completions are token ids of that model's vocabulary.
 """
@@ -12,13 +12,25 @@ from pathlib import Path
 from typing import Any
 
 from alchemist.server.config import LINEAR_MODULES, Config
-from alchemist.server.errors import LaunchError
+from alchemist.server.errors import LaunchError, LedgerError
 from alchemist.server.ledger import Ledger
 from alchemist.server.records import Version
 
 _SETTING = "base_model"
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".gguf")
 _SAMPLE_BYTES = 2**20
+
+
+def open_ledger(config: Config) -> Ledger:
+    """Open the data directory's ledger; the directory is ours until it is closed.
+
+    Raises:
+        LaunchError: read-only, full, damaged, or in use by another server.
+    """
+    try:
+        return Ledger(config.ledger_path, keep_completions=config.keep_completions)
+    except (LedgerError, OSError) as error:
+        raise LaunchError(f"--data-dir {config.data_dir}: {error}") from None
 
 
 def check_data_dir(config: Config, model_path: str, ledger: Ledger) -> None:

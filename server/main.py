@@ -19,14 +19,16 @@ from alchemist.protocol.lease import Lease
 from alchemist.server import config as configuration
 from alchemist.server import processes
 from alchemist.server.config import Config
-from alchemist.server.data_dir import check_data_dir
+from alchemist.server.data_dir import check_data_dir, open_ledger
 from alchemist.server.errors import EngineFailed, LaunchError
+from alchemist.server.ledger import Ledger
 from alchemist.server.run import Run
 
 logger = logging.getLogger("alchemist")
 
 TINY_MODEL = Path(__file__).parent / "tiny"
 _PREFIX = "alchemist-"
+_MODEL_FLAGS = {"--model-path", "--model"}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -49,24 +51,40 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _launch(config: Config, sglang_argv: list[str]) -> None:
-    from sglang.srt.server_args import prepare_server_args
-
     sglang_argv = with_defaults(config, sglang_argv)
+    _check_model_path(sglang_argv)
+    # Before SGLang is imported: a data directory that cannot be used is told within seconds.
+    ledger = open_ledger(config)
     directory = _make_run_directory()
     try:
         _confine(directory)
         lease = Lease.create()
         run = Run(directory=directory, config=config.to_json(), lease=lease.segment.handle)
         run.publish()
-        # The plugin decides by the run whether to act, so it loads only now.
-        from sglang.srt.plugins import load_plugins
-
-        load_plugins()
-        server_args = prepare_server_args(sglang_argv)
+        server_args = _prepare(sglang_argv)
         _check(config, server_args)
-        _serve(config, run, lease, server_args)
+        check_data_dir(config, server_args.model_path, ledger)
+        _serve(config, run, lease, ledger, server_args)
     finally:
+        ledger.close()
+        processes.end_children()
         processes.remove_run(directory)
+
+
+def _prepare(sglang_argv: list[str]) -> Any:
+    """SGLang's resolved arguments, with our plugin loaded: it decides by the run whether to act.
+
+    Raises:
+        LaunchError: the model cannot be found, or flags do not go together.
+    """
+    from sglang.srt.plugins import load_plugins
+    from sglang.srt.server_args import prepare_server_args
+
+    load_plugins()
+    try:
+        return prepare_server_args(sglang_argv)
+    except (OSError, ValueError, AssertionError) as error:
+        raise LaunchError(" ".join(str(error).split()) or repr(error)) from None
 
 
 def _confine(directory: str) -> None:
@@ -77,41 +95,32 @@ def _confine(directory: str) -> None:
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
 
 
-def _serve(config: Config, run: Run, lease: Lease, server_args: Any) -> None:
+def _serve(config: Config, run: Run, lease: Lease, ledger: Ledger, server_args: Any) -> None:
     from sglang.srt.entrypoints.http_server import launch_server
 
     from alchemist.server import hooks
-    from alchemist.server.app import open_ledger
     from alchemist.server.front import FRONT
 
     _, missing = hooks.verify(hooks.main_hooks(FRONT))
     if missing:
         raise LaunchError("SGLang functions could not be wrapped: " + ", ".join(missing))
-    # Before SGLang starts: a data directory that cannot be used is told within a second.
-    ledger = open_ledger(config)
+    FRONT.begin(run, lease, ledger)
+    logger.info("alchemist configuration: %s", config.to_json())
     try:
-        check_data_dir(config, server_args.model_path, ledger)
-        FRONT.begin(run, lease, ledger)
-        logger.info("alchemist configuration: %s", config.to_json())
         launch_server(
             server_args,
             run_scheduler_process_func=processes.run_scheduler,
             run_detokenizer_process_func=processes.run_detokenizer,
         )
-    except EngineFailed:
-        raise
     except RuntimeError as error:
         raise EngineFailed(f"SGLang did not start: {error}") from error
-    finally:
-        ledger.close()
-        processes.end_children()
 
 
 def with_defaults(config: Config, argv: list[str]) -> list[str]:
     """SGLang's arguments with what we need added where the user has not said otherwise."""
     given = {word.partition("=")[0] for word in argv if word.startswith("--")}
     flags: dict[str, list[str]] = {}
-    if "--model-path" not in given and "--model" not in given:
+    if not given & _MODEL_FLAGS:
         flags["--model-path"] = [str(TINY_MODEL)]
         flags["--served-model-name"] = ["alchemist-tiny"]
     flags["--enable-lora"] = []
@@ -181,10 +190,15 @@ def _check(config: Config, server_args: Any) -> None:
         )
 
 
-def _check_model(config: Config, path: str) -> None:
+def _check_model_path(argv: list[str]) -> None:
+    words = [part for word in argv for part in word.split("=", 1)]
+    path = next((words[i + 1] for i, w in enumerate(words[:-1]) if w in _MODEL_FLAGS), "")
     looks_local = path.startswith((".", "/", "~"))
     if looks_local and not (Path(path).expanduser() / "config.json").is_file():
         raise LaunchError(f"--model-path {path}: there is no model here (config.json is missing)")
+
+
+def _check_model(config: Config, path: str) -> None:
     if config.no_train:
         return
     from transformers import AutoConfig
