@@ -82,7 +82,9 @@ class Server:
         try:
             wait_for(is_ready, BOOT_S, "ready", every=0.25)
         except AssertionError as error:
-            raise AssertionError(f"{error}\n{self.tail()}") from None
+            tail = self.tail()
+            self.stop()
+            raise AssertionError(f"{error}\n{tail}") from None
 
     def tail(self, lines: int = 60) -> str:
         return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
