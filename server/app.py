@@ -61,7 +61,7 @@ def install(app: FastAPI, front: Front, server_args: Any, manager: Any) -> None:
         manager.auto_create_handle_loop()
         ending = Ending(front, config, manager)
         ending.take_signals()
-        learner.give_up = ending.end_now
+        learner.trainer.give_up = ending.end_now
         async with front.serving(learner), theirs(app) as state:
             yield state
         ending.stop_watchdog()

@@ -16,8 +16,9 @@ from typing import Any, NoReturn
 from alchemist.protocol.lease import Lease
 from alchemist.server import processes
 from alchemist.server.errors import EngineFailed
-from alchemist.server.learner import PROBE_PREFIX, Learner
+from alchemist.server.learner import Learner
 from alchemist.server.ledger import Ledger
+from alchemist.server.publisher import PROBE_PREFIX
 from alchemist.server.run import Run
 
 _VERSION = re.compile(r"v\d+")
@@ -95,7 +96,7 @@ class Front:
             async for out in original(manager, obj, request):
                 yield out
             return
-        versions = learner.route(obj)
+        versions = learner.conversations.route(obj)
         rids: set[str] = set()
         try:
             with self._busy():
@@ -103,12 +104,12 @@ class Front:
                     for index, item in enumerate(out if isinstance(out, list) else [out]):
                         version = versions[index % len(versions)]
                         item["meta_info"]["weight_version"] = version
-                        learner.saw(item["meta_info"]["id"], version, obj)
+                        learner.conversations.saw(item["meta_info"]["id"], version, obj)
                         rids.add(item["meta_info"]["id"])
                     yield out
         finally:
             for rid in rids:
-                learner.forget(rid)
+                learner.conversations.forget(rid)
 
     @contextlib.contextmanager
     def _busy(self) -> Any:

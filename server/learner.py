@@ -12,7 +12,6 @@ import contextlib
 import logging
 import shutil
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,34 +22,23 @@ from alchemist.protocol import messages
 from alchemist.protocol.errors import PeerProtocolError
 from alchemist.protocol.lease import Lease
 from alchemist.server.config import Config
-from alchemist.server.errors import Conflict, Unavailable
+from alchemist.server.conversations import Conversations
+from alchemist.server.errors import Conflict
 from alchemist.server.ledger import Ledger
-from alchemist.server.publisher import PROBE_PREFIX, Publisher, PublishRefused
+from alchemist.server.publisher import Publisher, PublishRefused
 from alchemist.server.records import Completion, TrainingItem
 from alchemist.server.run import Run
-from alchemist.server.trainer_process import TrainerProcess
+from alchemist.server.trainer_link import TrainerGone, TrainerLink
 
 if TYPE_CHECKING:
     from alchemist.server.metrics import LearningMetrics
-
-__all__ = ["PROBE_PREFIX", "Learner"]
 
 logger = logging.getLogger(__name__)
 
 _POLL_S = 0.2
 _HELLO_TIMEOUT_S = 60.0
-_REPORT_S = 10.0
-_SETTLE_S = 2.0
 _MAX_CRASHES = 3
-"""Times a batch may end the trainer by its own fault before its votes are given up; as often may it fail to start."""
-
-
-class TrainerGone(Unavailable):
-    """The trainer ended before it answered; `crashed`: by its own fault, not by a signal."""
-
-    def __init__(self, crashed: bool) -> None:
-        super().__init__("the trainer ended during a step")
-        self.crashed = crashed
+"""Times a batch may end the trainer by its own fault before its votes are given up."""
 
 
 class Learner:
@@ -73,7 +61,6 @@ class Learner:
         self.config = config
         self.lease = lease
         self.ledger = ledger
-        self.live = 0
         self.step = 0
         self.paused = False
         self.stopping = False
@@ -82,27 +69,29 @@ class Learner:
         self.last_step: dict[str, Any] = {}
         self.last_error: str | None = None
         self.publisher = Publisher(manager, self._num_kept, config.probe_tolerance)
-        self.trainer = TrainerProcess(run.trainer_address, self._trainer_ended)
+        self.conversations = Conversations(ledger, self.publisher, self.wake)
+        self._context = zmq.asyncio.Context()
+        self.trainer = TrainerLink(
+            self._context,
+            run.trainer_address,
+            lease,
+            self._welcome,
+            self._trainer_ready,
+            self._trainer_ended,
+        )
         self._manager = manager
         self._hello: messages.SchedulerHello | None = None
         self._hello_came = asyncio.Event()
-        self.give_up: Callable[[str], None] = logger.critical
-        """Ends the server, saying why."""
-        self._failed_starts: int | None = 0
-        """Of the trainer in a row; None: it has been ready once."""
-        self._context = zmq.asyncio.Context()
-        self._socket: zmq.asyncio.Socket | None = None
-        self._peer: bytes | None = None
-        """The trainer that is ready, by its socket identity."""
-        self._answer: asyncio.Future[messages.StepDone | messages.StepFailed] | None = None
         self._training = False
         self._wake = asyncio.Event()
         self._flush_left = 0
         self._next_version = 1
         self._tasks: list[asyncio.Task[None]] = []
-        self._asked: dict[str, tuple[int, str, dict[str, Any]]] = {}
-        """rid → (version, model, sampling parameters) of requests that have begun to answer."""
-        self._recorded: dict[str, int] = {}
+
+    @property
+    def live(self) -> int:
+        """The version that answers requests which do not pin one."""
+        return self.publisher.live
 
     @property
     def _num_kept(self) -> int:
@@ -119,10 +108,7 @@ class Learner:
         """
         control = self._context.socket(zmq.PULL)
         control.bind(self.run.control_address)
-        self._socket = self._context.socket(zmq.ROUTER)
-        self._socket.bind(self.run.trainer_address)
         self._spawn(self._hear_scheduler(control))
-        self._spawn(self._hear_trainer(self._socket))
         try:
             await asyncio.wait_for(self._hello_came.wait(), _HELLO_TIMEOUT_S)
         except TimeoutError:
@@ -140,10 +126,7 @@ class Learner:
     async def stop(self) -> None:
         """End the trainer and keep everything; the ledger stays open for the caller to close."""
         self.stopping = True
-        if self._peer is not None and self._socket is not None:
-            await self._socket.send_multipart([self._peer, messages.encode(messages.Stop())])
-        # A trainer that waits for the lease would not look at its messages.
-        await self.trainer.stop(timeout=5.0 if self._peer else 0.5)
+        await self.trainer.stop()
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -170,9 +153,9 @@ class Learner:
                 with contextlib.suppress(PublishRefused):
                     await self.publisher.load(version, paths[version])
         parents = {v.version: v.parent for v in versions}
-        self.live = await self._restore_live(recovery.live, paths, parents)
+        self.publisher.live = await self._restore_live(recovery.live, paths, parents)
         if recovery.staged is not None and recovery.staged in paths:
-            await self._publish(recovery.staged, paths[recovery.staged])
+            await self._publish(recovery.staged, paths[recovery.staged], self.live)
         logger.info(
             "live version v%d, step %d, %d version(s) loaded", self.live, self.step, len(paths)
         )
@@ -209,94 +192,7 @@ class Learner:
     @property
     def is_ready(self) -> bool:
         """Whether the plugin is whole and the trainer, if one is wanted, is there."""
-        return self._hello_came.is_set() and (self.config.no_train or self._peer is not None)
-
-    # Requests
-
-    def route(self, obj: Any) -> list[str]:
-        """Set the adapter of a request (`obj.lora_path`); the names of the versions that will answer it.
-
-        Raises:
-            ValueError: it asks for a version that is not loaded.
-        """
-        if isinstance(obj.lora_path, list):
-            versions = [self._version_of(name) for name in obj.lora_path]
-            obj.lora_path = [self._adapter(version) for version in versions]
-        else:
-            versions = [self._version_of(obj.lora_path)]
-            obj.lora_path = self._adapter(versions[0])
-        names = [f"v{version}" for version in versions]
-        obj.alchemist_version = names[0]
-        return names
-
-    def _version_of(self, name: str | None) -> int:
-        if name is None:
-            return self.live
-        if name in ("base", "v0"):
-            return 0
-        version = int(name[1:]) if name[:1] == "v" and name[1:].isdigit() else -1
-        if version not in self.publisher.loaded:
-            loaded = ", ".join(f"v{v}" for v in sorted(self.publisher.loaded))
-            raise ValueError(
-                f"model {name!r} is not a version of this server; it has: base{', ' + loaded if loaded else ''}"
-            )
-        return version
-
-    def _adapter(self, version: int) -> str | None:
-        return f"v{version}" if version else None
-
-    def saw(self, rid: str, version: str, obj: Any) -> None:
-        """A request has begun to answer: from now on its id may be voted on."""
-        if rid in self._asked or rid in self._recorded:
-            return
-        sampling = obj.sampling_params if isinstance(obj.sampling_params, dict) else {}
-        self._asked[rid] = (int(version[1:]), version, sampling)
-        self.ledger.mark_streaming(rid)
-
-    def forget(self, rid: str) -> None:
-        """A request's answer stream is over. If the scheduler has not reported it soon, it never will."""
-
-        def drop() -> None:
-            if self._asked.pop(rid, None) is not None:
-                self.ledger.drop_completion(rid, "the request ended without an answer")
-
-        if rid in self._asked:
-            asyncio.get_running_loop().call_later(_REPORT_S, drop)
-
-    async def settle(self, rid: str) -> None:
-        """Wait, at most `_SETTLE_S`, for the ledger to have a completion whose answer was just given."""
-        deadline = time.monotonic() + _SETTLE_S
-        while self.ledger.is_open(rid) and time.monotonic() < deadline:
-            await asyncio.sleep(0.005)
-
-    def _finished(self, message: messages.Finished) -> None:
-        version, model, sampling = self._asked.pop(message.rid, (None, "", {}))
-        if message.rid.startswith(PROBE_PREFIX):
-            return
-        if version is None:
-            by_lora = {lora_id: v for v, lora_id in self.publisher.loaded.items()}
-            version = by_lora.get(message.lora_id or "", 0)
-        self._recorded[message.rid] = message.prompt_recorded
-        if len(self._recorded) > 100_000:
-            self._recorded.pop(next(iter(self._recorded)))
-        aborted = message.finish_reason == "abort"
-        # Open until it is stored, also when this report is ahead of the answer's first chunk.
-        self.ledger.mark_streaming(message.rid)
-        self.ledger.add_completion(
-            Completion(
-                id=message.rid,
-                version=version,
-                prompt_ids=messages.unpack_ids(message.prompt_ids),
-                response_ids=messages.unpack_ids(message.output_ids),
-                response_logprobs=messages.unpack_floats(message.logprobs),
-                model=model,
-                sampling=sampling,
-                finish_reason=message.finish_reason,
-                extra_key=message.extra_key,
-                state="aborted" if aborted else "done",
-            )
-        )
-        self.wake()
+        return self._hello_came.is_set() and (self.config.no_train or self.trainer.is_ready)
 
     # Messages
 
@@ -309,39 +205,9 @@ class Learner:
                     self._hello = message
                     self._hello_came.set()
                 elif isinstance(message, messages.Finished):
-                    self._finished(message)
+                    self.conversations.finished(message)
             except (PeerProtocolError, ValueError):
                 logger.exception("a message of the scheduler was refused")
-
-    async def _hear_trainer(self, socket: zmq.asyncio.Socket) -> None:
-        while True:
-            peer, data = await socket.recv_multipart()
-            try:
-                message = messages.decode_to_main(data)
-            except PeerProtocolError:
-                logger.exception("a message of the trainer was refused")
-                continue
-            if isinstance(message, messages.TrainerHello):
-                await socket.send_multipart([peer, messages.encode(self._welcome())])
-            elif isinstance(message, messages.TrainerReady):
-                self._peer = peer
-                self._failed_starts = None
-                # v0 is a version like any other: its directory holds the weights the first step starts from.
-                await self.ledger.set_path(0, self.config.versions_path / "v0")
-                self._wake.set()
-                logger.info(
-                    "trainer %d is ready; it maps %.1f MB of base weights",
-                    message.pid,
-                    message.weights_shared_bytes / 1e6,
-                )
-            elif (
-                isinstance(message, messages.StepDone | messages.StepFailed)
-                # The last words of a trainer that has died since are about another batch.
-                and peer == self._peer
-                and self._answer is not None
-                and not self._answer.done()
-            ):
-                self._answer.set_result(message)
 
     def _welcome(self) -> messages.Welcome:
         assert self._hello is not None
@@ -356,20 +222,14 @@ class Learner:
             rows_address=self.run.rows_address(self._hello.tp_rank) if memory.rows else None,
         )
 
-    def _trainer_ended(self, code: int) -> None:
-        self._peer = None
-        self.lease.reset_trainer()
+    def _trainer_ready(self) -> None:
+        # v0 is a version like any other: its directory holds the weights the first step starts from.
+        self.ledger.set_path(0, self.config.versions_path / "v0")
+        self.wake()
+
+    def _trainer_ended(self) -> None:
         if self._metrics is not None:
             self._metrics.on_trainer_restart()
-        if code > 0 and self._failed_starts is not None:
-            self._failed_starts += 1
-            if self._failed_starts == _MAX_CRASHES:
-                self.give_up(
-                    "the trainer cannot start, for the reason above; "
-                    "add --no-train to serve without learning"
-                )
-        if self._answer is not None and not self._answer.done():
-            self._answer.set_exception(TrainerGone(crashed=code > 0))
 
     # Training
 
@@ -384,7 +244,7 @@ class Learner:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._wake.wait(), _POLL_S)
             self._wake.clear()
-            if self.paused or self._peer is None or self.stopping:
+            if self.paused or not self.trainer.is_ready or self.stopping:
                 continue
             try:
                 pending = await self.ledger.count("pending")
@@ -426,14 +286,9 @@ class Learner:
             version=version,
             samples=[sample for item in items for sample in self._samples(item)],
         )
-        assert self._socket is not None
-        if self._peer is None:
-            raise TrainerGone(crashed=False)
-        self._answer = asyncio.get_running_loop().create_future()
         self._training = True
         try:
-            await self._socket.send_multipart([self._peer, messages.encode(request)])
-            answer = await self._answer
+            answer = await self.trainer.step(request)
             if isinstance(answer, messages.StepFailed):
                 await self._step_failed(answer, items)
                 return
@@ -455,17 +310,16 @@ class Learner:
             self._next_version, self.step = version + 1, step
             self.tokens_reused += answer.tokens_reused
             self.tokens_recomputed += answer.tokens_recomputed
+            self.last_error = None
             published = time.monotonic()
-            await self._publish(version, answer.path)
+            await self._publish(version, answer.path, parent)
             metrics["publish_s"] = time.monotonic() - published
             self.last_step = {"step": step, "version": f"v{version}", **metrics}
-            self.last_error = None
             if self._metrics is not None:
                 self._metrics.on_step(metrics)
             logger.info("step %d → v%d: %s", step, version, _brief(metrics))
         finally:
             self._training = False
-            self._answer = None
 
     async def _step_failed(self, answer: messages.StepFailed, items: list[TrainingItem]) -> None:
         self.last_error = answer.reason
@@ -514,7 +368,13 @@ class Learner:
             end = completion.response_ids[-1]
         return [*ids, end] if end is not None else ids
 
-    async def _publish(self, version: int, path: str) -> None:
+    async def _publish(self, version: int, path: str, parent: int) -> None:
+        if self.live != parent:
+            # Somebody promoted or rolled back while the step ran: that is not undone behind their back. The votes
+            # are pending again and are trained from what is live now.
+            reason = f"v{self.live} was made live during the step"
+            await self.ledger.set_version_state(version, "failed", reason, requeue=True)
+            return
         try:
             difference = await self.publisher.load(version, path)
         except PublishRefused as error:
@@ -525,12 +385,15 @@ class Learner:
             self.paused = True
             return
         await self.ledger.set_version_state(version, "live", None)
-        self.live = version
-        if self._metrics is not None:
-            self._metrics.on_live(version)
+        self._went_live(version)
         logger.info("v%d is live (probe difference %.2g nats)", version, difference)
         await self.publisher.retire({version})
         await self._prune()
+
+    def _went_live(self, version: int) -> None:
+        self.publisher.live = version
+        if self._metrics is not None:
+            self._metrics.on_live(version)
 
     async def _prune(self) -> None:
         """Delete the directories of versions beyond --keep-versions that nothing needs."""
@@ -548,7 +411,7 @@ class Learner:
             return "paused"
         if self._training:
             return "training"
-        return "idle" if self._peer is not None else "starting"
+        return "idle" if self.trainer.is_ready else "starting"
 
     async def pause(self) -> None:
         """No step begins until `resume`; survives a restart. A step under way completes."""
@@ -580,9 +443,7 @@ class Learner:
             except PublishRefused as error:
                 raise Conflict(str(error)) from error
         await self.ledger.set_version_state(version, "live", None)
-        self.live = version
-        if self._metrics is not None:
-            self._metrics.on_live(version)
+        self._went_live(version)
 
     async def rollback(self) -> None:
         """Make the live version's nearest servable ancestor live.
@@ -596,8 +457,12 @@ class Learner:
         await self.promote(target)
 
     def num_recorded(self, rid: str) -> int:
-        """Prompt tokens of a completion that had a row when it ended; 0 for one of an earlier run."""
-        return self._recorded.get(rid, 0)
+        """See `Conversations`."""
+        return self.conversations.num_recorded(rid)
+
+    async def settle(self, rid: str) -> None:
+        """See `Conversations`."""
+        await self.conversations.settle(rid)
 
     async def training_status(self) -> dict[str, Any]:
         """The body of `GET /v1/training`."""
@@ -619,7 +484,10 @@ class Learner:
             "reference": self.config.reference,
             "last_step": self.last_step,
             "last_error": self.last_error,
-            "trainer": {"pid": self.trainer.pid, "restarts": self.trainer.num_restarts},
+            "trainer": {
+                "pid": self.trainer.process.pid,
+                "restarts": self.trainer.process.num_restarts,
+            },
             "lease": {
                 "granted": self.lease.is_granted,
                 "trainer_state": self.lease.state.name.lower(),

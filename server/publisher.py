@@ -36,6 +36,8 @@ class Publisher:
         self._tolerance = tolerance
         self.loaded: dict[int, str] = {}
         """version → lora_id."""
+        self.live = 0
+        """The version that answers requests which do not pin one."""
 
     async def load(self, version: int, path: str) -> float:
         """Load and prove a version; the largest probe difference seen, in nats.
