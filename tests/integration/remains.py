@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sqlite3
 import tempfile
 from pathlib import Path
@@ -63,7 +64,7 @@ class Footprint:
 def query(data_dir: Path, sql: str, *values: Any) -> list[tuple[Any, ...]]:
     """Rows of the ledger file, read without its server."""
     uri = f"file:{data_dir / 'ledger.sqlite3'}?mode=ro"
-    with sqlite3.connect(uri, uri=True) as db:
+    with contextlib.closing(sqlite3.connect(uri, uri=True)) as db:
         return db.execute(sql, values).fetchall()
 
 
