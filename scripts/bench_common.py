@@ -14,7 +14,8 @@ import platform
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -61,13 +62,45 @@ def progress(items: Iterable[_T], what: str) -> Iterable[_T]:
     return track(list(items), description=what, console=_console)
 
 
+def interleave(
+    variants: Mapping[str, Callable[[], Any]], repeats: int, what: str, warm_up: int = 1
+) -> dict[str, list[float]]:
+    """Seconds of each variant, `repeats` times each, in an order that rotates from round to round."""
+    names = list(variants)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    rounds = [r for r in range(-warm_up, repeats) for _ in names]
+    for i, round_ in enumerate(progress(rounds, what)):
+        name = names[(i + round_) % len(names)]
+        start = time.perf_counter()
+        variants[name]()
+        elapsed = time.perf_counter() - start
+        if round_ >= 0:
+            seconds[name].append(elapsed)
+    return seconds
+
+
+def speed_up(
+    name: str,
+    baseline: Sequence[float],
+    ours: Sequence[float],
+    *,
+    against: str,
+    bar: float | None = None,
+) -> Row:
+    """Baseline ÷ ours from medians of seconds; the quartiles are those of the rounds' own ratios."""
+    ratios = [b / o for b, o in zip(baseline, ours, strict=True)]
+    value = statistics.median(baseline) / statistics.median(ours)
+    return Row(name, value, "x", quartiles(ratios), len(ratios), against, bar)
+
+
 class Run:
-    """One run of one benchmark."""
+    """One run of one benchmark. `config` is written beside the options."""
 
     def __init__(self, bench: str, options: argparse.Namespace) -> None:
         self.bench = bench
         self.options = options
         self.rows: list[Row] = []
+        self.config: dict[str, Any] = {}
 
     @staticmethod
     def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -120,7 +153,7 @@ class Run:
             | {"ok": row.ok}
             for row in self.rows
         ]
-        config = {k: v for k, v in vars(self.options).items() if k != "json"}
+        config = {k: v for k, v in vars(self.options).items() if k != "json"} | self.config
         return {
             "bench": self.bench,
             "commit": _commit(),

@@ -15,9 +15,8 @@ from torch import Tensor
 from transformers import AutoConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from alchemist.protocol.layout import RowLayout
+from alchemist.protocol.layout import SUPPORTED_ARCHITECTURES, RowLayout
 
-SUPPORTED = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3")
 
 
@@ -53,9 +52,9 @@ class ModelShape:
         """
         name = (getattr(config, "architectures", None) or [type(config).__name__])[0]
         name = name.replace("Config", "ForCausalLM")
-        if name not in SUPPORTED:
+        if name not in SUPPORTED_ARCHITECTURES:
             raise UnsupportedModelError(
-                f"cannot train {name}: supported architectures are {', '.join(SUPPORTED)}"
+                f"cannot train {name}: supported architectures are {', '.join(SUPPORTED_ARCHITECTURES)}"
             )
         _require(name, "hidden_act", config.hidden_act, ("silu",))
         window = getattr(config, "sliding_window", None)

@@ -14,7 +14,7 @@ from engine_support import (
     random_model,
     relative_error,
 )
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from alchemist.trainer.lora import MODULES, LoraAdapter, LoraConfig
@@ -72,7 +72,7 @@ def compare(model, samples, adapter, objective, masks, limit):
 
 @pytest.mark.parametrize("family", FAMILIES)
 @given(data=st.data())
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_any_tree_any_mask_any_objective(family, data):
     model = random_model(family, torch.float64)
     samples = data.draw(trees())

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from alchemist.kernels import (
@@ -157,7 +157,7 @@ def attention_cases(draw):
 
 
 @given(attention_cases(), st.sampled_from([1, 2, 128]))
-@settings(deadline=None)
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_path_attention(case, tile):
     plan, num_queries, num_keys, groups = case
     torch.manual_seed(0)

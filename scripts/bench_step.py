@@ -1,0 +1,195 @@
+"""One training step: with reuse, without reuse, and with TRL + PEFT, on the same completions, float32.
+
+    python scripts/bench_step.py [--quick] [--only NAME,…] [--json FILE|-]
+
+The gate comes first: the adapter's gradient of every variant must agree with the recompute's (TRL's with ours, from the
+same loss), else no number is printed. Variants are interleaved in rotated order. Time is of loss and gradient, without
+the optimizer's update, which is the same for all. Peak memory is measured in a fresh process per variant, above what
+was resident before the step; the base model and the recorded rows belong to the server and are not counted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import dataclasses
+import gc
+import json
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from bench_common import Row, Run, interleave, speed_up
+from step_workload import (
+    Ours,
+    WorkloadConfig,
+    build_model,
+    make_samples,
+    trl_settings,
+    trl_step,
+)
+from torch import Tensor
+
+from alchemist.server import cpu
+from alchemist.trainer.step import Objective
+
+SFT = Objective(name="sft")
+KTO = Objective(name="kto", reference="base")
+SERVED = Objective(name="kto", reference="served")
+
+# row: (variants timed, baseline, ours, bar)
+ROWS: dict[str, tuple[str, str, float | None]] = {
+    "sft_1024_64_vs_recompute": ("sft recompute", "sft recorded", 1.6),
+    "kto_base_1024_64_vs_recompute": ("kto recompute", "kto recorded", 1.4),
+    "served_1024_64_vs_recompute": ("kto recompute", "served recorded", 2.4),
+    "kto_base_1024_64_vs_trl": ("kto trl", "kto recorded", 2.2),
+    "sft_1024_64_vs_trl": ("sft trl", "sft recorded", None),
+}
+PEAKS = {
+    "sft_peak_vs_trl": ("sft trl", "sft recorded", 0.53),
+    "sft_peak_vs_trl_ckpt": ("sft trl checkpointing", "sft recorded", 1.0),
+}
+PEAK_BATCH, QUICK_PEAK_BATCH = 8, 4
+
+
+class Variants:
+    """Makes each variant's step when it is first asked for; one model for all of ours."""
+
+    def __init__(self, config: WorkloadConfig) -> None:
+        self.config = config
+        self._ours: Ours | None = None
+        samples = make_samples(config)
+        self._votes = samples
+        self._ups = [dataclasses.replace(s, label=True) for s in samples]
+        self._recorded: list[Any] | None = None
+
+    def make(self, name: str) -> Callable[[], dict[str, Tensor]]:
+        objective_name, kind = name.split(" ", 1)
+        objective = {"sft": SFT, "kto": KTO, "served": SERVED}[objective_name]
+        samples = self._ups if objective_name == "sft" else self._votes
+        if kind.startswith("trl"):
+            # PEFT changes the model it is given: every TRL variant has its own.
+            model = build_model(self.config)
+            adapter = Ours.of(model, self.config).adapter
+            return trl_step(
+                model, samples, adapter, objective.name, checkpointing="checkpointing" in kind
+            )
+        ours = self._ours = self._ours or Ours.of(build_model(self.config), self.config)
+        if kind == "recorded":
+            if self._recorded is None:
+                self._recorded = ours.record(self._votes)
+            samples = [
+                dataclasses.replace(s, recorded=r.recorded)
+                for s, r in zip(samples, self._recorded, strict=True)
+            ]
+        return lambda: ours.step(samples, objective)
+
+
+def gate(steps: dict[str, Callable[[], dict[str, Tensor]]]) -> None:
+    """Gradients of one objective agree across its variants. Relative to the gradient's norm; float32 sums of about
+    1e5 terms in different orders differ by some 1e-5.
+    """
+    first: dict[str, tuple[str, dict[str, Tensor]]] = {}
+    for name, step in steps.items():
+        objective = name.split()[0]
+        grads = {k: g.clone() for k, g in step().items()}
+        reference_name, reference = first.setdefault(objective, (name, grads))
+        error = sum(float((grads[k] - reference[k]).norm() ** 2) for k in reference) ** 0.5
+        norm = sum(float(g.norm() ** 2) for g in reference.values()) ** 0.5
+        if not error <= 1e-4 * norm:
+            raise SystemExit(
+                f"gate: the gradients of {name} and {reference_name} differ by {error / norm:.1e}"
+            )
+
+
+def peak_bytes(name: str, quick: bool) -> int:
+    """Peak resident bytes of one step above what was resident before it, in a fresh process."""
+    command = [sys.executable, __file__, "--peak-of", name, *(["--quick"] if quick else [])]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=1200)
+    if done.returncode:
+        raise SystemExit(f"{name}: the process measuring its memory failed\n{done.stderr[-2000:]}")
+    return int(json.loads(done.stdout.splitlines()[-1])["peak_bytes"])
+
+
+def measure_peak(name: str, config: WorkloadConfig) -> int:
+    """Run one warm-up on a single completion, then one step, and read the high-water mark."""
+    step = Variants(config).make(name)
+    Variants(dataclasses.replace(config, batch=1, prompt=32, response=4)).make(name)()
+    gc.collect()
+    # Give freed memory back, or the step would reuse it unseen.
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+    before = _status("VmRSS")
+    step()
+    return _status("VmHWM") - before
+
+
+def _status(field: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field):
+            return int(line.split()[1]) << 10
+    raise RuntimeError(f"/proc/self/status has no {field}")
+
+
+def sizes(quick: bool) -> WorkloadConfig:
+    return WorkloadConfig(num_layers=2, batch=2) if quick else WorkloadConfig()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    Run.add_arguments(parser)
+    parser.add_argument("--peak-of", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    cpu.prepare()
+    config = sizes(options.quick)
+    if options.peak_of:
+        batch = QUICK_PEAK_BATCH if options.quick else PEAK_BATCH
+        peak = measure_peak(options.peak_of, dataclasses.replace(config, batch=batch))
+        print(json.dumps({"peak_bytes": peak}))
+        return
+    del options.peak_of
+    run = Run("step", options)
+    known = [*ROWS, *PEAKS]
+    if unknown := sorted(set((options.only or known[0]).split(",")) - set(known)):
+        parser.error(f"--only: no row {', '.join(unknown)}; rows are {', '.join(known)}")
+
+    wanted = {name: row for name, row in ROWS.items() if run.wants(name)}
+    names = dict.fromkeys(v for baseline, ours, _ in wanted.values() for v in (baseline, ours))
+    variants = Variants(config)
+    # A variant's first step, in the gate, is its warm-up.
+    steps = {name: variants.make(name) for name in sorted(names)}
+    gate(steps)
+    seconds = interleave(steps, 2 if options.quick else 5, "step", warm_up=0)
+    for name, (baseline, ours, bar) in wanted.items():
+        against = f"{baseline}, {statistics.median(seconds[baseline]):.2f} s a step"
+        run.add(speed_up(name, seconds[baseline], seconds[ours], against=against, bar=bar))
+    del steps, variants
+
+    peaks: dict[str, int] = {}
+    for name, (baseline, ours, bar) in PEAKS.items():
+        if not run.wants(name):
+            continue
+        for variant in (baseline, ours):
+            if variant not in peaks:
+                peaks[variant] = peak_bytes(variant, options.quick)
+        value = peaks[ours] / peaks[baseline]
+        against = f"{baseline}, {peaks[baseline] / 2**20:.0f} MiB"
+        run.add(Row(name, value, "x", (value, value), 1, against, bar, less_is_better=True))
+
+    run.config = {
+        "workload": dataclasses.asdict(config),
+        "threads": torch.get_num_threads(),
+        "seconds": {name: round(statistics.median(s), 4) for name, s in seconds.items()},
+        "peak_bytes": peaks,
+        "peak_batch": QUICK_PEAK_BATCH if options.quick else PEAK_BATCH,
+        "trl": {name: trl_settings(name, config.batch, False) for name in ("sft", "kto")},
+    }
+    run.finish()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,240 @@
+"""What `bench_step.py` times: one model, one batch of completions, and the ways to train on it.
+
+The same base weights, adapter and token ids go to every variant. "recorded": the prompts' rows are in a pool, as
+serving leaves them (filled here by the engine's own forward). "recompute": the same engine without rows. "trl": TRL's
+trainer over transformers + PEFT.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from alchemist.trainer.batch import TokenBatch
+from alchemist.trainer.families import ModelShape
+from alchemist.trainer.lora import LoraAdapter, LoraConfig
+from alchemist.trainer.replay import Phases
+from alchemist.trainer.rows import ActivationView, Recorded
+from alchemist.trainer.step import Objective, ReplayEngine, Sample
+from alchemist.trainer.weights import BaseWeights, fused_from_hf
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkloadConfig:
+    """Sizes of the model and the batch. The proportions are those of an 8B model, a quarter as wide."""
+
+    hidden_size: int = 1024
+    num_layers: int = 4
+    num_heads: int = 8
+    num_kv_heads: int = 2
+    intermediate_size: int = 3584
+    vocab_size: int = 8192
+    batch: int = 4
+    """completions in the step"""
+    prompt: int = 1024
+    """tokens"""
+    response: int = 64
+    """tokens"""
+    rank: int = 16
+
+
+def build_model(config: WorkloadConfig) -> Any:
+    """A random Qwen3-shaped transformers model, float32."""
+    import transformers
+
+    torch.manual_seed(0)
+    return transformers.Qwen3ForCausalLM(
+        transformers.Qwen3Config(
+            vocab_size=config.vocab_size,
+            hidden_size=config.hidden_size,
+            intermediate_size=config.intermediate_size,
+            num_hidden_layers=config.num_layers,
+            num_attention_heads=config.num_heads,
+            num_key_value_heads=config.num_kv_heads,
+            head_dim=config.hidden_size // config.num_heads,
+            max_position_embeddings=8192,
+            tie_word_embeddings=False,
+            attn_implementation="sdpa",
+        )
+    ).eval()
+
+
+def make_samples(config: WorkloadConfig) -> list[Sample]:
+    """Completions that share nothing; votes alternate up and down (SFT workloads set all up)."""
+    generator = torch.Generator().manual_seed(1)
+
+    def ids(n: int) -> list[int]:
+        return torch.randint(0, config.vocab_size, (n,), generator=generator).tolist()
+
+    return [
+        Sample(prompt_ids=ids(config.prompt), response_ids=ids(config.response), label=i % 2 == 0)
+        for i in range(config.batch)
+    ]
+
+
+def make_adapter(shape: ModelShape, config: WorkloadConfig) -> LoraAdapter:
+    """An adapter some steps into training: B is small, not zero."""
+    adapter = LoraAdapter.init(shape, LoraConfig(rank=config.rank, alpha=2.0 * config.rank), seed=2)
+    generator = torch.Generator().manual_seed(3)
+    for name, tensor in adapter.weights.items():
+        if ".lora_B." in name:
+            tensor.copy_(torch.randn(tensor.shape, generator=generator) * 0.02)
+    return adapter
+
+
+class Ours:
+    """The replay engine over one model."""
+
+    def __init__(self, weights: BaseWeights, config: WorkloadConfig) -> None:
+        self.weights, self.shape = weights, weights.shape
+        self.adapter = make_adapter(self.shape, config)
+        self.engine = ReplayEngine(weights, self.shape)
+
+    @classmethod
+    def of(cls, model: Any, config: WorkloadConfig) -> Ours:
+        shape = ModelShape.from_config(model.config)
+        return cls(BaseWeights(fused_from_hf(model), shape), config)
+
+    def record(self, samples: Sequence[Sample]) -> list[Sample]:
+        """The samples with their prompts' rows in a fresh pool, row i = token i of the batch."""
+        shape, layout = self.shape, self.shape.row_layout(self.weights.dtype)
+        total = sum(len(s.prompt_ids) for s in samples)
+        kv = (total, shape.num_kv_heads, shape.head_dim)
+        pool = [torch.zeros(total, layout.width) for _ in range(shape.num_layers)]
+        k = [torch.zeros(kv) for _ in range(shape.num_layers)]
+        v = [torch.zeros(kv) for _ in range(shape.num_layers)]
+        gens = torch.ones(total, dtype=torch.int64)
+        replay = self.engine.replay(Phases(torch.device("cpu")))
+        taken, start = [], 0
+        for sample in samples:
+            n = len(sample.prompt_ids)
+            batch = TokenBatch([(sample.prompt_ids, [0])], [], [None], torch.device("cpu"))
+            kept = replay.forward(batch, self.adapter, gradient=True).kept
+            for layer, values in enumerate(kept):
+                for field, (column, width) in layout.fields.items():
+                    value: Tensor = getattr(values, field)
+                    # The last layer keeps, beyond keys and values, only its final token.
+                    end = start + n
+                    pool[layer][end - value.shape[0] : end, column : column + width] = value
+                k[layer][start : start + n] = values.keys
+                v[layer][start : start + n] = values.values
+            rows = torch.arange(start, start + n)
+            taken.append(dataclasses.replace(sample, recorded=Recorded(rows, rows, gens[rows])))
+            start += n
+        self.engine.view = ActivationView(layout, pool, k, v, gens)
+        return taken
+
+    def step(self, samples: Sequence[Sample], objective: Objective) -> dict[str, Tensor]:
+        return self.engine.gradients(samples, self.adapter, objective).grads
+
+
+def trl_settings(name: str, batch: int, checkpointing: bool) -> dict[str, Any]:
+    """TRL's settings, the fastest that give the same step: float32, SDPA attention, one device batch, no padding, no
+    gradient checkpointing (except in the memory row that asks for it), no precomputed reference (each completion is
+    trained on once).
+    """
+    settings = {
+        "per_device_train_batch_size": batch,
+        "gradient_checkpointing": checkpointing,
+        "bf16": False,
+        "use_cpu": True,
+        "optim": "sgd",
+        "learning_rate": 0.0,
+        "max_grad_norm": 0.0,
+        "max_steps": 1,
+        "report_to": [],
+        "save_strategy": "no",
+        "logging_strategy": "no",
+        "disable_tqdm": True,
+        "max_length": None,
+        "remove_unused_columns": False,
+    }
+    return settings | ({"completion_only_loss": True} if name == "sft" else {"loss_type": name})
+
+
+def trl_step(
+    model: Any,
+    samples: Sequence[Sample],
+    adapter: LoraAdapter,
+    name: str,
+    *,
+    checkpointing: bool = False,
+) -> Callable[[], dict[str, Tensor]]:
+    """A function that runs TRL's own `training_step` and returns the adapter's gradient by PEFT name."""
+    import trl
+    from datasets import Dataset
+    from peft import LoraConfig as PeftConfig
+
+    settings = trl_settings(name, len(samples), checkpointing)
+    prompts = [list(s.prompt_ids) for s in samples]
+    responses = [list(s.response_ids) for s in samples]
+    if name == "sft":
+        columns = {
+            "input_ids": [p + r for p, r in zip(prompts, responses, strict=True)],
+            "labels": [[-100] * len(p) + r for p, r in zip(prompts, responses, strict=True)],
+        }
+        base, arguments_class = trl.SFTTrainer, trl.SFTConfig
+    else:
+        columns = {
+            "prompt_ids": prompts,
+            "completion_ids": responses,
+            "KL_completion_ids": [responses[-1], *responses[:-1]],
+            "label": [s.label for s in samples],
+        }
+        base, arguments_class = trl.KTOTrainer, trl.KTOConfig
+
+    class Trainer(base):
+        """Token ids are given: nothing to tokenise."""
+
+        def _prepare_dataset(self, dataset: Any, *_: Any, **__: Any) -> Any:
+            return dataset
+
+    with tempfile.TemporaryDirectory() as directory:
+        trainer = Trainer(
+            model=model,
+            args=arguments_class(output_dir=directory, **settings),
+            train_dataset=Dataset.from_dict(columns),
+            processing_class=_tokenizer(),
+            peft_config=PeftConfig(
+                r=adapter.config.rank,
+                lora_alpha=adapter.config.alpha,
+                target_modules=list(adapter.config.target_modules),
+                task_type="CAUSAL_LM",
+            ),
+        )
+    parameters = {
+        n.replace(".default", ""): p for n, p in trainer.model.named_parameters() if ".lora_" in n
+    }
+    for key, parameter in parameters.items():
+        parameter.data.copy_(adapter.weights[key])
+    batch = next(iter(trainer.get_train_dataloader()))
+    # What the loop around `training_step` does before the first step.
+    trainer.current_gradient_accumulation_steps = 1
+    if checkpointing:
+        trainer.model.gradient_checkpointing_enable({"use_reentrant": False})
+
+    def step() -> dict[str, Tensor]:
+        trainer.model.zero_grad(set_to_none=True)
+        trainer.training_step(trainer.model, dict(batch))
+        return {key: p.grad for key, p in parameters.items() if p.grad is not None}
+
+    return step
+
+
+def _tokenizer() -> Any:
+    """TRL wants a tokenizer for its padding token; the ids are ours."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {"<pad>": 0, "<eos>": 1}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>")),
+        pad_token="<pad>",
+        eos_token="<eos>",
+    )
