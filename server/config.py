@@ -1,6 +1,7 @@
 """Our options: one frozen dataclass, read from the command line, the environment and a YAML file.
 
-Precedence: command line over `ALCHEMIST_*` over `--config FILE.yaml` over the defaults below. Every
+Precedence: command line over `ALCHEMIST_*` over `--config FILE.yaml` over the defaults below (the
+embedded model, served when none is named, brings a few of its own: `TINY_OPTIONS`). Every
 other flag must be one of SGLang's and is handed on as it came. This is the only file that reads our
 environment variables. A child process gets the resolved configuration through the JSON file named
 by `ALCHEMIST_RUN`.
@@ -30,6 +31,9 @@ from alchemist.server.sglang_flags import UsageError, unknown
 
 RUN_VARIABLE = "ALCHEMIST_RUN"
 """Names the JSON file of a run's configuration in the environment of our child processes."""
+
+TINY_OPTIONS = Path(__file__).parent / "tiny" / "alchemist.yaml"
+"""Options of the embedded model: in force when no model is named, below all that the user says."""
 
 LINEAR_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 """What `all-linear` stands for, under PEFT's names."""
@@ -247,9 +251,11 @@ def parse(argv: Sequence[str], environ: Mapping[str, str]) -> tuple[Config, list
         path = given.pop("config", None) or variables.pop("config", None)
         variables.pop("config", None)
         from_file, sglang_mapping = _from_file(path) if path else ({}, {})
-        values = {
-            name: _read(name, value) for name, value in {**from_file, **variables, **given}.items()
-        }
+        embedded = (
+            _from_file(str(TINY_OPTIONS))[0] if is_embedded(sglang_argv, sglang_mapping) else {}
+        )
+        found = {**embedded, **from_file, **variables, **given}
+        values = {name: _read(name, value) for name, value in found.items()}
         config = Config(**values)
         if sglang_argv or sglang_mapping:
             sglang_argv = sglang_flags.check(sglang_argv, sglang_mapping, list(_OPTIONS))
@@ -257,6 +263,13 @@ def parse(argv: Sequence[str], environ: Mapping[str, str]) -> tuple[Config, list
         print(f"alchemist: error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     return config, sglang_argv
+
+
+def is_embedded(sglang_argv: Sequence[str], sglang_mapping: Mapping[str, Any]) -> bool:
+    """Whether nobody has named a model, so that the embedded one is served."""
+    names = {word.partition("=")[0] for word in sglang_argv}
+    names |= {"--" + str(key).replace("_", "-") for key in sglang_mapping}
+    return not names & {"--model-path", "--model"}
 
 
 def _option_name(name: str) -> str:

@@ -6,10 +6,12 @@ import dataclasses
 from pathlib import Path
 
 import pytest
+import yaml
 
 from alchemist.server import config as config_module
 from alchemist.server.config import (
     LINEAR_MODULES,
+    TINY_OPTIONS,
     Config,
     auto_activation_bytes,
     parse,
@@ -28,13 +30,24 @@ def usage_error(capsys: pytest.CaptureFixture[str], argv: list[str], environ=Non
 
 
 def test_defaults() -> None:
-    config, rest = parse([], {"PATH": "/bin"})
+    config, rest = parse(["--model-path", "m"], {"PATH": "/bin"})
     assert config == Config()
-    assert rest == []
+    assert rest == ["--model-path", "m"]
     assert (config.objective, config.reference, config.optimizer) == ("kto", "base", "adamw")
     assert (config.lora_rank, config.lora_alpha) == (16, 32.0)
     assert config.target_modules == LINEAR_MODULES
     assert config.data_dir == str(Path.cwd() / "alchemist-data")
+
+
+def test_the_embedded_model_brings_options_below_what_the_user_says(tmp_path: Path) -> None:
+    brought = yaml.safe_load(TINY_OPTIONS.read_text())
+    assert parse([], {})[0].beta == brought["beta"] != Config().beta
+    assert parse(["--beta", "0.7"], {})[0].beta == 0.7
+    assert parse([], {"ALCHEMIST_BETA": "0.6"})[0].beta == 0.6
+    file = tmp_path / "c.yaml"
+    file.write_text("beta: 0.5\n")
+    assert parse(["--config", str(file)], {})[0].beta == 0.5
+    assert parse([], {})[0].learning_rate == brought["learning-rate"]
 
 
 def test_alpha_follows_the_rank_unless_given() -> None:
