@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -94,6 +95,15 @@ class Server:
             return psutil.Process(self.process.pid).children(recursive=True)
         except psutil.NoSuchProcess:
             return []
+
+    def child(self, word: str) -> psutil.Process | None:
+        """The oldest process of the server with `word` in its command line."""
+        for process in sorted(self.children(), key=lambda p: p.pid):
+            # Some live for a moment only, such as what is asked for the processor's name.
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if word in " ".join(process.cmdline()):
+                    return process
+        return None
 
     def trainer_pid(self) -> int | None:
         return self.training()["trainer"]["pid"]

@@ -6,7 +6,6 @@ import os
 import shutil
 import signal
 
-import psutil
 import pytest
 import torch
 from live import Server, wait_for
@@ -39,10 +38,6 @@ def train_round(server):
 def settled(server):
     status = server.training()
     return status if status["pending"] == 0 and status["state"] == "idle" else None
-
-
-def scheduler_of(server):
-    return next(p for p in server.children() if "scheduler" in "".join(p.cmdline()))
 
 
 @pytest.fixture(scope="module")
@@ -219,7 +214,8 @@ def test_its_votes_are_trained_again_once_somebody_resumes(third):
 
 def test_a_dead_scheduler_ends_the_server_with_a_message(third):
     footprint = Footprint(third)
-    scheduler = scheduler_of(third)
+    scheduler = third.child("sglang::scheduler")
+    assert scheduler is not None
     scheduler.kill()
     assert third.process.wait(60) == 1, third.tail()
     footprint.wait_gone()
@@ -234,12 +230,8 @@ def test_an_end_during_launch_leaves_nothing(tmp_path, victim):
     """The server is told to end, or its scheduler dies, before either is ready."""
     server = Server(tmp_path / "data", wait=False)
 
-    def find() -> psutil.Process | None:
-        # Still importing: it has not named itself yet, and is the first interpreter to be spawned.
-        spawned = [p for p in server.children() if "spawn_main" in "".join(p.cmdline())]
-        return min(spawned, key=lambda p: p.create_time(), default=None)
-
-    scheduler = wait_for(find, 300, "a scheduler process")
+    # Still importing: it has not named itself yet, and is the first interpreter to be spawned.
+    scheduler = wait_for(lambda: server.child("spawn_main"), 300, "a scheduler process")
     footprint = Footprint(server)
     if victim == "scheduler":
         scheduler.kill()
