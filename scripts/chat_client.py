@@ -89,12 +89,9 @@ class ChatClient:
         The mean over answers sampled at temperature 1 estimates the KL divergence per token.
 
         Raises:
-            ValueError: the server scored other tokens than those it had answered.
+            ValueError: no logprobs were kept, or other tokens were scored than were answered.
         """
-        response = await self._http.get(
-            f"/v1/completions/{completion_id}/receipt", params={"tokens": "true"}
-        )
-        receipt = response.raise_for_status().json()
+        receipt = await self._receipt(completion_id)
         prompt, answer = receipt["prompt_token_ids"], receipt["response_token_ids"]
         scored = await self._post(
             "/generate",
@@ -112,6 +109,17 @@ class ChatClient:
             raise ValueError(f"/generate scored other tokens than the receipt of {completion_id}")
         served = receipt["response_logprobs"]
         return [p - entry[0] for p, entry in zip(served, base, strict=True)]
+
+    async def _receipt(self, completion_id: str) -> dict[str, Any]:
+        # An answer reaches the user a moment before the server has stored it.
+        path = f"/v1/completions/{completion_id}/receipt"
+        for _ in range(40):
+            response = await self._http.get(path, params={"tokens": "true"})
+            if response.is_success and response.json().get("response_logprobs"):
+                return response.json()
+            await asyncio.sleep(0.25)
+        response.raise_for_status()
+        raise ValueError(f"the receipt of {completion_id} has no response_logprobs")
 
     async def _post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
         response = await self._http.post(path, json=body)

@@ -25,10 +25,9 @@ import openai
 from chat_client import Answer, ChatClient
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from tiny_corpus import INTENTS, STYLES, Question, is_correct, sample_question, style_of
+from tiny_corpus import ARITHMETIC, INTENTS, STYLES, Question, is_correct, sample_question, style_of
 from users_report import plot, table
 
-ARITHMETIC = ("add", "subtract", "multiply")
 KL_ANSWERS_PER_VERSION = 8
 WAIT_SECONDS = 120
 """How long votes may stay pending before the run gives up."""

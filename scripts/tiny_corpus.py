@@ -19,6 +19,7 @@ from tiny_intents import INTENTS, MAX_TERM, NAME_FORMS, greet_by_name
 from tiny_styles import STYLES, Reply, render, style_of
 
 __all__ = [
+    "ARITHMETIC",
     "INTENTS",
     "MAX_TERM",
     "STYLES",
@@ -30,6 +31,8 @@ __all__ = [
     "sample_question",
     "style_of",
 ]
+
+ARITHMETIC = ("add", "subtract", "multiply")
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,11 +87,15 @@ def exchange(rng: random.Random, intent: str | None = None, style: str | None = 
     return Exchange(question, render(rng, style, reply), style)
 
 
-def dialogue(rng: random.Random) -> list[dict[str, str]]:
-    """One training example as chat messages: mostly one exchange, some of 2 to 4, a few long."""
+def dialogue(rng: random.Random, arithmetic: float = 1.0) -> list[dict[str, str]]:
+    """One training example as chat messages: mostly one exchange, some of 2 to 4, a few long.
+
+    `arithmetic` multiplies the weight of sums, differences and products.
+    """
     turns = rng.choices((1, rng.randint(2, 4), rng.randint(6, 16)), (80, 18, 2))[0]
     messages = [{"role": "system", "content": _system_prompt(rng)}] if rng.random() < 0.12 else []
-    pairs = [exchange(rng) for _ in range(turns)]
+    weights = [w * (arithmetic if name in ARITHMETIC else 1) for name, (w, _) in INTENTS.items()]
+    pairs = [exchange(rng, rng.choices(list(INTENTS), weights)[0]) for _ in range(turns)]
     texts = [(pair.question.text, pair.answer) for pair in pairs]
     if turns > 1 and rng.random() < 0.4:
         texts[:0], texts[-1:] = _introduction(rng)
