@@ -27,15 +27,15 @@ from alchemist.trainer.weights import BaseWeights, fused_from_hf
 
 @dataclass(frozen=True, kw_only=True)
 class WorkloadConfig:
-    """Sizes of the model and the batch. The proportions are those of an 8B model, a quarter as wide."""
+    """Sizes of the model and the batch. The layers are those of Qwen3-1.7B, three of its 28."""
 
-    hidden_size: int = 1024
-    num_layers: int = 4
-    num_heads: int = 8
-    num_kv_heads: int = 2
-    intermediate_size: int = 3584
+    hidden_size: int = 2048
+    num_layers: int = 3
+    num_heads: int = 16
+    num_kv_heads: int = 8
+    intermediate_size: int = 6144
     vocab_size: int = 8192
-    batch: int = 4
+    batch: int = 2
     """completions in the step"""
     prompt: int = 1024
     """tokens"""

@@ -26,6 +26,8 @@ SGD = [
         "--chunked-prefill-size",
         "256",
         "--enable-metrics",
+        "--beta",
+        "0.1",
     ),
 ]
 

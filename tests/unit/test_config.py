@@ -40,14 +40,13 @@ def test_defaults() -> None:
 
 
 def test_the_embedded_model_brings_options_below_what_the_user_says(tmp_path: Path) -> None:
-    brought = yaml.safe_load(TINY_OPTIONS.read_text())
-    assert parse([], {})[0].beta == brought["beta"] != Config().beta
-    assert parse(["--beta", "0.7"], {})[0].beta == 0.7
-    assert parse([], {"ALCHEMIST_BETA": "0.6"})[0].beta == 0.6
+    brought = yaml.safe_load(TINY_OPTIONS.read_text())["learning-rate"]
+    assert parse([], {})[0].learning_rate == brought != Config().learning_rate
+    assert parse(["--learning-rate", "0.7"], {})[0].learning_rate == 0.7
+    assert parse([], {"ALCHEMIST_LEARNING_RATE": "0.6"})[0].learning_rate == 0.6
     file = tmp_path / "c.yaml"
-    file.write_text("beta: 0.5\n")
-    assert parse(["--config", str(file)], {})[0].beta == 0.5
-    assert parse([], {})[0].learning_rate == brought["learning-rate"]
+    file.write_text("learning-rate: 0.5\n")
+    assert parse(["--config", str(file)], {})[0].learning_rate == 0.5
 
 
 def test_alpha_follows_the_rank_unless_given() -> None:
