@@ -1,7 +1,7 @@
 """Our options: one frozen dataclass, read from the command line, the environment and a YAML file.
 
 Precedence: command line over `ALCHEMIST_*` over `--config FILE.yaml` over the defaults below (the
-embedded model, served when none is named, brings a few of its own: `TINY_OPTIONS`). Every
+embedded model brings its own when nothing is said of training: `TINY_OPTIONS`). Every
 other flag must be one of SGLang's and is handed on as it came. This is the only file that reads our
 environment variables. A child process gets the resolved configuration through the JSON file named
 by `ALCHEMIST_RUN`.
@@ -33,7 +33,7 @@ RUN_VARIABLE = "ALCHEMIST_RUN"
 """Names the JSON file of a run's configuration in the environment of our child processes."""
 
 TINY_OPTIONS = Path(__file__).parent / "tiny" / "alchemist.yaml"
-"""Options of the embedded model: in force when no model is named, below all that the user says."""
+"""How the embedded model learns: in force when no model is named and nothing is said of training."""
 
 LINEAR_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 """What `all-linear` stands for, under PEFT's names."""
@@ -251,10 +251,9 @@ def parse(argv: Sequence[str], environ: Mapping[str, str]) -> tuple[Config, list
         path = given.pop("config", None) or variables.pop("config", None)
         variables.pop("config", None)
         from_file, sglang_mapping = _from_file(path) if path else ({}, {})
-        embedded = (
-            _from_file(str(TINY_OPTIONS))[0] if is_embedded(sglang_argv, sglang_mapping) else {}
-        )
-        found = {**embedded, **from_file, **variables, **given}
+        found = {**from_file, **variables, **given}
+        if is_embedded(sglang_argv, sglang_mapping) and not _TRAINING & set(found):
+            found |= _from_file(str(TINY_OPTIONS))[0]
         values = {name: _read(name, value) for name, value in found.items()}
         config = Config(**values)
         if sglang_argv or sglang_mapping:
@@ -263,6 +262,12 @@ def parse(argv: Sequence[str], environ: Mapping[str, str]) -> tuple[Config, list
         print(f"alchemist: error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     return config, sglang_argv
+
+
+_TRAINING = {
+    *("objective", "optimizer", "learning_rate", "weight_decay", "max_grad_norm", "beta"),
+    *("desirable_weight", "undesirable_weight", "reference", "train_batch_size"),
+}
 
 
 def is_embedded(sglang_argv: Sequence[str], sglang_mapping: Mapping[str, Any]) -> bool:

@@ -34,6 +34,8 @@ from alchemist.trainer.weights import BaseWeights
 logger = logging.getLogger(__name__)
 
 PROBE_TOKENS = 64
+MAX_TOKENS = 2048
+"""Unique tokens of a micro-batch. The lease is looked at between layers, so this bounds a revocation."""
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
@@ -87,7 +89,9 @@ class Worker:
             )
             self.desk = RowDesk(context, welcome.rows_address)
         weights = BaseWeights(tensors, self.shape)
-        self.engine = ReplayEngine(weights, self.shape, view=view, gate=self.gate)
+        self.engine = ReplayEngine(
+            weights, self.shape, view=view, gate=self.gate, max_tokens=MAX_TOKENS
+        )
         self.dtype = weights.dtype
         self.objective = Objective(
             name=settings.objective,  # type: ignore[arg-type]

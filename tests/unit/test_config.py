@@ -39,14 +39,19 @@ def test_defaults() -> None:
     assert config.data_dir == str(Path.cwd() / "alchemist-data")
 
 
-def test_the_embedded_model_brings_options_below_what_the_user_says(tmp_path: Path) -> None:
-    brought = yaml.safe_load(TINY_OPTIONS.read_text())["learning-rate"]
-    assert parse([], {})[0].learning_rate == brought != Config().learning_rate
-    assert parse(["--learning-rate", "0.7"], {})[0].learning_rate == 0.7
-    assert parse([], {"ALCHEMIST_LEARNING_RATE": "0.6"})[0].learning_rate == 0.6
+def test_the_embedded_model_has_a_preset_for_who_says_nothing_of_training(tmp_path: Path) -> None:
+    preset = yaml.safe_load(TINY_OPTIONS.read_text())
+    config = parse(["--seed", "3"], {})[0]
+    assert (config.beta, config.learning_rate) == (preset["beta"], preset["learning-rate"])
     file = tmp_path / "c.yaml"
-    file.write_text("learning-rate: 0.5\n")
-    assert parse(["--config", str(file)], {})[0].learning_rate == 0.5
+    file.write_text("max-grad-norm: 0.5\n")
+    for argv, environ in (
+        (["--optimizer", "sgd"], {}),
+        ([], {"ALCHEMIST_TRAIN_BATCH_SIZE": "4"}),
+        (["--config", str(file)], {}),
+    ):
+        config = parse(argv, environ)[0]
+        assert (config.beta, config.learning_rate) == (Config().beta, Config().learning_rate)
 
 
 def test_alpha_follows_the_rank_unless_given() -> None:
