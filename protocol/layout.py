@@ -19,14 +19,6 @@ from __future__ import annotations
 
 import msgspec
 
-SUPPORTED_ARCHITECTURES = (
-    "LlamaForCausalLM",
-    "MistralForCausalLM",
-    "Qwen2ForCausalLM",
-    "Qwen3ForCausalLM",
-)
-"""Model families the recorder and the trainer know, by the name in a model's config.json."""
-
 DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
 

@@ -16,6 +16,8 @@ ours ÷ plain: less is better. The gate: greedy tokens and logprobs of all four 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import json
 import os
 import signal
@@ -34,11 +36,8 @@ from bench_common import Row, Run, progress, quartiles
 from alchemist.server.main import TINY_MODEL
 
 ROOT = Path(__file__).parents[1]
-_CLIENT = """
-import runpy
-import alchemist.server  # makes sglang importable without a GPU
-runpy.run_module("sglang.bench_serving", run_name="__main__", alter_sys=True)
-"""
+WARM_UP = 4
+"""Requests to each server before anything is measured."""
 BARS = {"ttft_p50_recording": 1.05, "ttft_p50_idle": 1.25}
 
 
@@ -76,8 +75,7 @@ class Target:
             f"server {self.name} did not start; its log: {self.log}\n{self.log.read_text()[-3000:]}"
         )
 
-    def stop(self) -> None:
-        self.process.send_signal(signal.SIGTERM)
+    def wait_ended(self) -> None:
         try:
             self.process.wait(40)
         except subprocess.TimeoutExpired:
@@ -100,33 +98,43 @@ class Target:
             )
         return out
 
-    def load(self, options: argparse.Namespace, seed: int, folder: Path) -> dict[str, Any]:
+    def load(
+        self, options: argparse.Namespace, seed: int, folder: Path, requests: int = 0
+    ) -> dict[str, Any]:
         """One run of SGLang's benchmark client; its result with per-request details, times in seconds."""
+        from sglang.benchmark import serving
+
+        requests = requests or options.requests
         result = folder / f"{self.name}-{seed}.jsonl"
-        command = [
-            *(sys.executable, "-c", _CLIENT, "--backend", "sglang"),
-            *("--host", "127.0.0.1", "--port", str(self.port), "--dataset-name", "random-ids"),
-            *("--model", options.model, "--tokenizer", options.model, "--seed", str(seed)),
-            *("--num-prompts", str(options.requests), "--request-rate", str(options.rate)),
-            *(
-                "--random-input-len",
-                str(options.input_len),
-                "--random-output-len",
-                str(options.output_len),
-            ),
-            *("--random-range-ratio", "1.0", "--warmup-requests", "1", "--disable-tqdm"),
-            *("--output-file", str(result), "--output-details"),
-        ]
-        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+        arguments = {
+            "backend": "sglang",
+            "host": "127.0.0.1",
+            "port": self.port,
+            "dataset-name": "random-ids",
+            "model": options.model,
+            "tokenizer": options.model,
+            "seed": seed,
+            "num-prompts": requests,
+            "request-rate": "inf" if requests == WARM_UP else options.rate,
+            "random-input-len": options.input_len,
+            "random-output-len": options.output_len,
+            "random-range-ratio": 1.0,
+            "warmup-requests": 1,
+            "output-file": result,
+        }
+        words = [word for name, value in arguments.items() for word in (f"--{name}", str(value))]
+        said = io.StringIO()
+        argv, sys.argv = sys.argv, ["serving", *words, "--output-details", "--disable-tqdm"]
+        try:
+            with contextlib.redirect_stdout(said):
+                serving.cli_main()
+        finally:
+            sys.argv = argv
         if not result.exists():
-            sys.exit(
-                f"the benchmark client failed on {self.name}:\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
-            )
+            sys.exit(f"the benchmark client failed on {self.name}:\n{said.getvalue()[-2000:]}")
         found: dict[str, Any] = json.loads(result.read_text().splitlines()[-1])
-        if found["completed"] != options.requests:
-            sys.exit(
-                f"{self.name}: {found['completed']} of {options.requests} requests were answered"
-            )
+        if found["completed"] != requests:
+            sys.exit(f"{self.name}: {found['completed']} of {requests} requests were answered")
         return found
 
 
@@ -172,11 +180,16 @@ class Backlog:
             time.sleep(0.05)
         return int(self.status()["step"])
 
-    def dedicated_rate(self, seconds: float) -> float:
-        """Training tokens per second with nobody to serve."""
+    def dedicated_rate(self, steps: int) -> float:
+        """Training tokens per second with nobody to serve, over whole steps."""
         self.start(4000)
-        time.sleep(2.0)
-        return self.rate_over(lambda: time.sleep(seconds))[0]
+        self._wait_for_step(self.status()["step"] + 1)
+        before = self.status()["step"]
+        return self.rate_over(lambda: self._wait_for_step(before + steps))[0]
+
+    def _wait_for_step(self, step: int) -> None:
+        while self.status()["step"] < step:
+            time.sleep(0.02)
 
     def rate_over(self, action: Any) -> tuple[float, Any]:
         before, started = self.status(), time.monotonic()
@@ -199,11 +212,13 @@ def main() -> None:
         "--rate", type=float, default=2.0, help="requests per second, Poisson (default: 2)"
     )
     parser.add_argument(
-        "--requests", type=int, default=0, help="requests per round (default: 40; quick: 16)"
+        "--requests", type=int, default=0, help="requests per round (default: 40; quick: 8)"
     )
     Run.add_arguments(parser)
     options = parser.parse_args()
-    options.requests = options.requests or (16 if options.quick else 40)
+    # However this ends, its servers end.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by a signal"))
+    options.requests = options.requests or (8 if options.quick else 40)
     rounds = 2 if options.quick else 6
     run = Run("serving", options)
     with tempfile.TemporaryDirectory(prefix="alchemist-bench-") as name:
@@ -224,13 +239,18 @@ def main() -> None:
             measure(run, options, targets, rounds, folder)
         finally:
             for target in targets:
-                target.stop()
+                target.process.send_signal(signal.SIGTERM)
+            for target in targets:
+                target.wait_ended()
     run.finish()
 
 
 def measure(
     run: Run, options: argparse.Namespace, targets: list[Target], rounds: int, folder: Path
 ) -> None:
+    # Slow to import: while the servers start.
+    from sglang.benchmark import serving  # noqa: F401
+
     for target in progress(targets, "starting servers"):
         target.wait_ready()
     expected = targets[0].greedy()
@@ -240,10 +260,10 @@ def measure(
                 f"gate: {target.name} does not answer as plain SGLang does; nothing was measured"
             )
     backlog = Backlog(targets[-1])
-    dedicated = backlog.dedicated_rate(4.0 if options.quick else 12.0)
+    dedicated = backlog.dedicated_rate(3 if options.quick else 12)
     backlog.stop()
     for target in progress(targets, "warm-up"):
-        target.load(options, 999, folder)
+        target.load(options, 999, folder, requests=WARM_UP)
     results: dict[str, list[dict[str, Any]]] = {target.name: [] for target in targets}
     rates: list[float] = []
     order = [

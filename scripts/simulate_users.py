@@ -26,7 +26,7 @@ from chat_client import Answer, ChatClient
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from tiny_corpus import ARITHMETIC, INTENTS, STYLES, Question, is_correct, sample_question, style_of
-from users_report import plot, table
+from users_report import WINDOW, plot, table
 
 KL_ANSWERS_PER_VERSION = 8
 WAIT_SECONDS = 120
@@ -68,9 +68,15 @@ class Run:
     asked: int = 0
     status: dict[str, Any] = field(default_factory=dict)
 
-    def recent_rate(self, window: int = 32) -> float:
-        recent = self.votes[-window:]
+    def recent_rate(self) -> float:
+        """Share of liked answers among the last `WINDOW`."""
+        recent = self.votes[-WINDOW:]
         return sum(v["liked"] for v in recent) / len(recent) if recent else 0.0
+
+    def is_over(self, args: argparse.Namespace) -> bool:
+        """All votes are given out, or the users are content: people stop voting when they get what they like."""
+        is_content = len(self.votes) >= WINDOW and self.recent_rate() >= args.until
+        return is_content or self.asked >= args.votes
 
 
 async def evaluate(client: ChatClient, rule: Rule, args: argparse.Namespace) -> dict[str, float]:
@@ -105,8 +111,8 @@ def _spread(rng: random.Random, intents: tuple[str, ...] | list[str], count: int
 
 
 async def one_user(client: ChatClient, rule: Rule, args: argparse.Namespace, run: Run) -> None:
-    """Ask and vote until all votes are given out; holds back while the trainer is behind."""
-    while run.asked < args.votes:
+    """Ask and vote until the run is over; holds back while the trainer is behind."""
+    while not run.is_over(args):
         index, run.asked = run.asked, run.asked + 1
         await _until_caught_up(client, args, run)
         question = sample_question(random.Random(args.seed * 1_000_003 + index))
@@ -201,6 +207,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--keyword", default=None, help="liked answers contain it")
     parser.add_argument("--max-length", type=int, default=None, help="characters, at most")
     parser.add_argument("--votes", type=int, default=300)
+    parser.add_argument(
+        "--until",
+        type=float,
+        default=0.9,
+        help=f"users stop voting when this share of the last {WINDOW} answers is liked (above 1: never)",
+    )
     parser.add_argument("--concurrency", type=int, default=4, help="users at once")
     parser.add_argument("--temperature", type=float, default=1.0, help="of the voted answers")
     parser.add_argument("--max-pending", type=int, default=32, help="votes; users wait above it")

@@ -8,6 +8,7 @@ from typing import Any
 from rich.table import Table
 
 WINDOW = 32
+"""Votes that a recent share is of."""
 
 
 def by_version(votes: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:

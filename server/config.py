@@ -98,6 +98,11 @@ class Config:
     train_max_wait: float = 30.0
     """Seconds the oldest pending vote waits before a smaller batch is trained (default: 30)."""
 
+    train_max_tokens: int = 2048
+    """Unique tokens the trainer works on at once; a step with more is split, exactly. Less bounds memory
+    and how long the trainer takes to stand aside; a completion longer than this is worked on alone
+    (default: 2048)."""
+
     max_staleness: int = 4
     """Versions a recording may be behind the live one; older ones are recomputed (default: 4)."""
 
@@ -189,6 +194,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
 _INTEGER_RANGES = {
     "lora_rank": (1, 512),
     "train_batch_size": (1, 65536),
+    "train_max_tokens": (1, 2**31 - 1),
     "max_staleness": (0, 2**31 - 1),
     "keep_versions": (1, 2**31 - 1),
     "keep_completions": (0, 2**31 - 1),

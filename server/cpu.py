@@ -49,6 +49,25 @@ def _without_pin_memory(function: Any) -> Any:
     return wrapped
 
 
+def lighten_lora(backend: Any) -> None:
+    """After SGLang has described a batch's adapters: make what follows cheap. Changes no result.
+
+    Its `torch_native` backend indexes with tensors of one element, in every linear of every layer, and walks all
+    of them even when no request of the batch has an adapter. At decode that is a third of the embedded model's time.
+    """
+    info = backend.batch_info
+    if backend.name != "torch_native" or info is None or info.use_cuda_graph:
+        return
+    if not info.has_active_lora:
+        # The layers' own sign for "base path only".
+        backend.batch_info = None
+        return
+    for name in ("weight_indices_cpu", "seg_lens_cpu", "lora_ranks_cpu"):
+        setattr(info, name, getattr(info, name).tolist())
+    # Elements with .item(), as the backend asks for.
+    info.scalings_cpu = info.scalings_cpu.numpy()
+
+
 def activate() -> str | None:
     """Entry point `sglang.srt.platforms`: the platform class, or None where CUDA is there."""
     if torch.cuda.is_available():

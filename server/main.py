@@ -15,8 +15,8 @@ from typing import Any, NoReturn
 import psutil
 import torch
 
-from alchemist.protocol.layout import SUPPORTED_ARCHITECTURES
 from alchemist.protocol.lease import Lease
+from alchemist.protocol.models import UnsupportedModelError, require_supported
 from alchemist.server import config as configuration
 from alchemist.server import processes
 from alchemist.server.config import Config
@@ -115,6 +115,7 @@ def _serve(config: Config, run: Run, lease: Lease, ledger: Ledger, server_args: 
     if missing:
         raise LaunchError("SGLang functions could not be wrapped: " + ", ".join(missing))
     FRONT.begin(run, lease, ledger)
+    _keep_out_of_logs([server_args.api_key, server_args.admin_api_key])
     logger.info("alchemist configuration: %s", config.to_json())
     try:
         launch_server(
@@ -124,6 +125,20 @@ def _serve(config: Config, run: Run, lease: Lease, ledger: Ledger, server_args: 
         )
     except RuntimeError as error:
         raise EngineFailed(f"SGLang did not start: {error}") from error
+
+
+def _keep_out_of_logs(keys: list[str | None]) -> None:
+    """SGLang logs all of its arguments at launch; keys among them are starred."""
+    make = logging.getLogRecordFactory()
+
+    def factory(*args: Any, **kwargs: Any) -> logging.LogRecord:
+        record = make(*args, **kwargs)
+        for key in keys:
+            if key and isinstance(record.msg, str):
+                record.msg = record.msg.replace(f"key={key!r}", "key='***'")
+        return record
+
+    logging.setLogRecordFactory(factory)
 
 
 def with_defaults(config: Config, argv: list[str]) -> list[str]:
@@ -218,12 +233,12 @@ def _check_model(config: Config, path: str) -> None:
     except (OSError, ValueError) as error:
         first = str(error).strip().splitlines()[0]
         raise LaunchError(f"--model-path {path}: {first}") from None
-    names = model.architectures or ["unknown"]
-    if names[0] not in SUPPORTED_ARCHITECTURES:
+    try:
+        require_supported(model)
+    except UnsupportedModelError as error:
         raise LaunchError(
-            f"--model-path {path}: architecture {names[0]} cannot be trained; supported: "
-            f"{', '.join(SUPPORTED_ARCHITECTURES)} (or add --no-train to serve it without learning)"
-        )
+            f"--model-path {path}: {error} (or add --no-train to serve it without learning)"
+        ) from None
 
 
 def _check_port(host: str, port: int) -> None:

@@ -11,6 +11,18 @@ import sys
 _PR_SET_PDEATHSIG = 1
 
 
+def _stand_back() -> None:
+    """Where the processor also serves, serving goes first even before the lease says so.
+
+    The lowest class, not only a nice value: two OpenMP teams on the same cores wait for each other at every barrier;
+    under `SCHED_IDLE` the server's threads push the trainer's aside at once. Threads started later inherit it.
+    """
+    try:
+        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+    except OSError:
+        os.nice(19)
+
+
 def main() -> None:
     if len(sys.argv) != 3:
         sys.exit("usage: python -m alchemist.trainer ADDRESS SERVER_PID (the server starts it)")
@@ -23,8 +35,7 @@ def main() -> None:
     # A terminal's Ctrl-C and a service manager's stop reach the whole group; the server tells us when to stop.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    # On a machine whose processor also serves, serving goes first even before the lease says so.
-    os.nice(10)
+    _stand_back()
     # It takes seconds to import, in which the server may die.
     from alchemist.trainer.worker import run
 

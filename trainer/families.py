@@ -15,13 +15,8 @@ from torch import Tensor
 from transformers import AutoConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from alchemist.protocol.layout import SUPPORTED_ARCHITECTURES, RowLayout
-
-ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3")
-
-
-class UnsupportedModelError(ValueError):
-    """The model is not one whose gradient we compute; the message names it and the supported ones."""
+from alchemist.protocol.layout import RowLayout
+from alchemist.protocol.models import architecture, require_supported
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,19 +45,9 @@ class ModelShape:
             UnsupportedModelError: architecture, activation, rope or attention variant is not
                 supported.
         """
-        name = (getattr(config, "architectures", None) or [type(config).__name__])[0]
-        name = name.replace("Config", "ForCausalLM")
-        if name not in SUPPORTED_ARCHITECTURES:
-            raise UnsupportedModelError(
-                f"cannot train {name}: supported architectures are {', '.join(SUPPORTED_ARCHITECTURES)}"
-            )
-        _require(name, "hidden_act", config.hidden_act, ("silu",))
-        window = getattr(config, "sliding_window", None)
-        if window is not None and getattr(config, "use_sliding_window", True):
-            raise UnsupportedModelError(
-                f"cannot train {name} with sliding_window={window}: only full attention is supported"
-            )
-        inv_freq, attention_scaling = _rope(name, config)
+        require_supported(config)
+        name = architecture(config)
+        inv_freq, attention_scaling = _rope(config)
         heads = config.num_attention_heads
         return cls(
             architecture=name,
@@ -115,19 +100,9 @@ def load_shape(model_path: str) -> ModelShape:
     return ModelShape.from_config(AutoConfig.from_pretrained(model_path, trust_remote_code=False))
 
 
-def _require(name: str, field: str, value: Any, allowed: tuple[Any, ...]) -> None:
-    if value not in allowed:
-        raise UnsupportedModelError(
-            f"cannot train {name} with {field}={value!r}: supported: {', '.join(map(str, allowed))}"
-        )
-
-
-def _rope(name: str, config: Any) -> tuple[Tensor, float]:
-    config.standardize_rope_params()
+def _rope(config: Any) -> tuple[Tensor, float]:
     parameters = config.rope_parameters
     kind = parameters["rope_type"]
-    _require(name, "rope_type", kind, ROPE_TYPES)
-    _require(name, "partial_rotary_factor", parameters.get("partial_rotary_factor", 1.0), (1.0,))
     if kind == "default":
         dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         exponents = torch.arange(0, dim, 2, dtype=torch.int64).float() / dim

@@ -34,8 +34,6 @@ from alchemist.trainer.weights import BaseWeights
 logger = logging.getLogger(__name__)
 
 PROBE_TOKENS = 64
-MAX_TOKENS = 2048
-"""Unique tokens of a micro-batch. The lease is looked at between layers, so this bounds a revocation."""
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
@@ -53,6 +51,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     undesirable_weight: float
     reference: str
     max_grad_norm: float
+    train_max_tokens: int
     max_staleness: int
     seed: int
 
@@ -90,7 +89,7 @@ class Worker:
             self.desk = RowDesk(context, welcome.rows_address)
         weights = BaseWeights(tensors, self.shape)
         self.engine = ReplayEngine(
-            weights, self.shape, view=view, gate=self.gate, max_tokens=MAX_TOKENS
+            weights, self.shape, view=view, gate=self.gate, max_tokens=settings.train_max_tokens
         )
         self.dtype = weights.dtype
         self.objective = Objective(

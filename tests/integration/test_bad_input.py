@@ -32,9 +32,16 @@ def home(tmp_path_factory):
     """Models, data directories and files that no server can use."""
     home = tmp_path_factory.mktemp("bad")
     gpt2 = {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "n_embd": 64, "n_layer": 2}
-    model = home / "gpt2"
-    model.mkdir()
-    (model / "config.json").write_text(json.dumps(gpt2))
+    mistral = {
+        "architectures": ["MistralForCausalLM"],
+        "model_type": "mistral",
+        "sliding_window": 64,
+    }
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0], "long_factor": [1.0]}
+    llama = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "rope_parameters": rope}
+    for name, config in (("gpt2", gpt2), ("mistral", mistral), ("llama", llama)):
+        (home / name).mkdir()
+        (home / name / "config.json").write_text(json.dumps(config))
     (home / "file").write_text("not a directory")
     (home / "damaged").mkdir()
     (home / "damaged/ledger.sqlite3").write_bytes(b"not a database at all" * 500)
@@ -96,6 +103,8 @@ def launches(home, full_disk, taken_port, running):
     """case → (exit status, standard error and output). `running` holds its data directory meanwhile."""
     cases: dict[str, list[object]] = {
         "architecture": ["--model-path", home / "gpt2"],
+        "sliding window": ["--model-path", home / "mistral"],
+        "rope": ["--model-path", home / "llama"],
         "no model": ["--model-path", home / "nowhere"],
         "rank over ours": ["--lora-rank", 4096],
         "rank over SGLang's": ["--lora-rank", 16, "--max-lora-rank", 8],
@@ -146,6 +155,8 @@ def launch(args: list[object]) -> tuple[int, str]:
 
 SAID = {
     "architecture": r"GPT2LMHeadModel cannot be trained; supported: .*Qwen3ForCausalLM",
+    "sliding window": r"MistralForCausalLM with sliding_window=64 cannot be trained; supported: full",
+    "rope": r"LlamaForCausalLM with rope_type='longrope' cannot be trained; supported: default, ",
     "no model": r"--model-path .*nowhere: there is no model here",
     "rank over ours": r"--lora-rank is 4096; allowed: 1 to 512",
     "rank over SGLang's": r"--lora-rank is 16; allowed: up to --max-lora-rank 8",

@@ -49,6 +49,12 @@ def test_admin_routes_answer_403_without_an_admin_key(which, request):
             assert response.json()["error"]["code"] == "forbidden"
 
 
+def test_keys_are_not_written_to_the_log(keyed):
+    written = keyed.log.read_text(errors="replace")
+    assert "api_key='***'" in written
+    assert KEY not in written
+
+
 @pytest.mark.parametrize("which", ["server", "keyed"])
 def test_every_route_the_app_tells_of_is_classified(which, request):
     running = request.getfixturevalue(which)

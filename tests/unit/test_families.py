@@ -7,7 +7,8 @@ import torch
 import transformers
 from engine_support import FAMILIES, VOCAB, engine_of, naive_logps, random_model
 
-from alchemist.trainer.families import ModelShape, UnsupportedModelError
+from alchemist.protocol.models import UnsupportedModelError
+from alchemist.trainer.families import ModelShape
 from alchemist.trainer.weights import BaseWeights, fused_from_hf
 
 ROPES = {

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
 
 from simulate_users import Rule, Run
-from users_report import by_version, plot, table
+from users_report import WINDOW, by_version, plot, table
 
 
 def rule(**given):
@@ -45,9 +46,19 @@ def vote(version, liked):
 
 
 def test_recent_rate_forgets_old_votes():
-    run = Run(votes=[vote("v0", False)] * 40 + [vote("v1", True)] * 8)
-    assert run.recent_rate(window=16) == 0.5
+    run = Run(votes=[vote("v0", False)] * 40 + [vote("v1", True)] * (WINDOW // 2))
+    assert run.recent_rate() == 0.5
     assert Run().recent_rate() == 0
+
+
+def test_users_stop_when_they_are_content_or_out_of_votes():
+    args = SimpleNamespace(votes=300, until=0.9)
+    content = [vote("v1", True)] * WINDOW
+    assert Run(votes=content).is_over(args)
+    assert not Run(votes=content[1:]).is_over(args)
+    assert not Run(votes=content + [vote("v2", False)] * 4).is_over(args)
+    assert not Run(votes=content).is_over(SimpleNamespace(votes=300, until=2))
+    assert Run(asked=300).is_over(args)
 
 
 def test_versions_are_in_their_order():
