@@ -117,6 +117,8 @@ class TrainSample(msgspec.Struct, kw_only=True, frozen=True):
     is_correction: bool = False
     """The response is the user's corrected text, not what was served."""
     weight: float = 1.0
+    match: str = ""
+    """The preference pair it belongs to; objective dpo only."""
 
 
 class Train(_Message, kw_only=True, frozen=True):

@@ -20,13 +20,14 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from bench_common import Row, Run, interleave, speed_up
 from step_workload import (
     Ours,
     WorkloadConfig,
+    as_pairs,
     build_model,
     make_samples,
     trl_settings,
@@ -37,23 +38,50 @@ from torch import Tensor
 from alchemist.server import cpu
 from alchemist.trainer.step import Objective
 
-SFT = Objective(name="sft")
-KTO = Objective(name="kto", reference="base")
-SERVED = Objective(name="kto", reference="served")
+OBJECTIVES = {
+    "sft": Objective(name="sft"),
+    "kto": Objective(name="kto", reference="base"),
+    "served": Objective(name="kto", reference="served"),
+    "dpo": Objective(name="dpo", reference="base"),
+}
 
-# row: (variants timed, baseline, ours, bar)
-ROWS: dict[str, tuple[str, str, float | None]] = {
-    "sft_1024_64_vs_recompute": ("sft recompute", "sft recorded", 1.6),
-    "kto_base_1024_64_vs_recompute": ("kto recompute", "kto recorded", 1.4),
-    "served_1024_64_vs_recompute": ("kto recompute", "served recorded", 2.4),
-    "kto_base_1024_64_vs_trl": ("kto trl", "kto recorded", 2.2),
-    "sft_1024_64_vs_trl": ("sft trl", "sft recorded", None),
+LAYERS = WorkloadConfig()
+SMALL = WorkloadConfig(
+    hidden_size=512, num_layers=2, num_heads=8, num_kv_heads=4, intermediate_size=1536
+)
+WORKLOADS = {
+    "1024_64": LAYERS,
+    "4096_64": dataclasses.replace(LAYERS, prompt=4096, batch=1),
+    "shared8": dataclasses.replace(SMALL, shared=1024, prompt=128, batch=8),
+    "shared32": dataclasses.replace(SMALL, shared=1024, prompt=128, batch=32),
+}
+
+
+class RowSpec(NamedTuple):
+    """One ratio: which variants of which workload, and its bar."""
+
+    workload: str
+    baseline: str
+    ours: str
+    bar: float | None
+
+
+ROWS = {
+    "sft_1024_64_vs_recompute": RowSpec("1024_64", "sft recompute", "sft recorded", 1.7),
+    "kto_base_1024_64_vs_recompute": RowSpec("1024_64", "kto recompute", "kto recorded", 1.4),
+    "dpo_base_1024_64_vs_recompute": RowSpec("1024_64", "dpo recompute", "dpo recorded", 1.4),
+    "served_1024_64_vs_recompute": RowSpec("1024_64", "kto recompute", "served recorded", 2.4),
+    "kto_base_1024_64_vs_trl": RowSpec("1024_64", "kto trl", "kto recorded", 2.2),
+    "sft_1024_64_vs_trl": RowSpec("1024_64", "sft trl", "sft recorded", None),
+    "sft_4096_64_vs_recompute": RowSpec("4096_64", "sft recompute", "sft recorded", 1.6),
+    "kto_shared8_vs_trl": RowSpec("shared8", "kto trl", "kto recorded", 7.0),
+    "kto_shared32_vs_trl": RowSpec("shared32", "kto trl", "kto recorded", None),
 }
 PEAKS = {
     "sft_peak_vs_trl": ("sft trl", "sft recorded", 0.53),
     "sft_peak_vs_trl_ckpt": ("sft trl checkpointing", "sft recorded", 1.0),
 }
-PEAK_BATCH, QUICK_PEAK_BATCH = 8, 4
+PEAK_BATCH, QUICK_PEAK_BATCH = 8, 2
 
 
 class Variants:
@@ -65,12 +93,13 @@ class Variants:
         samples = make_samples(config)
         self._votes = samples
         self._ups = [dataclasses.replace(s, label=True) for s in samples]
+        self._pairs = as_pairs(samples)
         self._recorded: list[Any] | None = None
 
     def make(self, name: str) -> Callable[[], dict[str, Tensor]]:
         objective_name, kind = name.split(" ", 1)
-        objective = {"sft": SFT, "kto": KTO, "served": SERVED}[objective_name]
-        samples = self._ups if objective_name == "sft" else self._votes
+        objective = OBJECTIVES[objective_name]
+        samples = {"sft": self._ups, "dpo": self._pairs}.get(objective_name, self._votes)
         if kind.startswith("trl"):
             # PEFT changes the model it is given: every TRL variant has its own.
             model = build_model(self.config)
@@ -82,9 +111,10 @@ class Variants:
         if kind == "recorded":
             if self._recorded is None:
                 self._recorded = ours.record(self._votes)
+            # By prompt: the second answer of a pair has the first one's.
+            recorded = {tuple(r.prompt_ids): r.recorded for r in self._recorded}
             samples = [
-                dataclasses.replace(s, recorded=r.recorded)
-                for s, r in zip(samples, self._recorded, strict=True)
+                dataclasses.replace(s, recorded=recorded[tuple(s.prompt_ids)]) for s in samples
             ]
         return lambda: ours.step(samples, objective)
 
@@ -135,8 +165,38 @@ def _status(field: str) -> int:
     raise RuntimeError(f"/proc/self/status has no {field}")
 
 
-def sizes(quick: bool) -> WorkloadConfig:
-    return WorkloadConfig(num_layers=2, batch=2) if quick else WorkloadConfig()
+def sized(config: WorkloadConfig, quick: bool) -> WorkloadConfig:
+    """The workload, with a model of a sixth of the work and at most eight completions when quick."""
+    if not quick:
+        return config
+    small = min(config.hidden_size, 1024)
+    return dataclasses.replace(
+        config,
+        hidden_size=small,
+        num_heads=small // 128,
+        num_kv_heads=max(1, small // 256),
+        intermediate_size=3 * small,
+        num_layers=2,
+        batch=min(config.batch, 8),
+    )
+
+
+def measure(
+    run: Run, rows: dict[str, RowSpec], config: WorkloadConfig, quick: bool
+) -> dict[str, float]:
+    """Gate, then time the variants that `rows` name, and add the rows; median seconds by variant."""
+    names = sorted({variant for row in rows.values() for variant in (row.baseline, row.ours)})
+    variants = Variants(config)
+    # A variant's first step, in the gate, is its warm-up.
+    steps = {name: variants.make(name) for name in names}
+    gate(steps)
+    seconds = interleave(steps, 2 if quick else 5, rows[next(iter(rows))].workload, warm_up=0)
+    for name, row in rows.items():
+        against = f"{row.baseline}, {statistics.median(seconds[row.baseline]):.2f} s a step"
+        run.add(
+            speed_up(name, seconds[row.baseline], seconds[row.ours], against=against, bar=row.bar)
+        )
+    return {name: statistics.median(values) for name, values in seconds.items()}
 
 
 def main() -> None:
@@ -145,10 +205,11 @@ def main() -> None:
     parser.add_argument("--peak-of", help=argparse.SUPPRESS)
     options = parser.parse_args()
     cpu.prepare()
-    config = sizes(options.quick)
+    peak_config = dataclasses.replace(
+        sized(LAYERS, options.quick), batch=QUICK_PEAK_BATCH if options.quick else PEAK_BATCH
+    )
     if options.peak_of:
-        batch = QUICK_PEAK_BATCH if options.quick else PEAK_BATCH
-        peak = measure_peak(options.peak_of, dataclasses.replace(config, batch=batch))
+        peak = measure_peak(options.peak_of, peak_config)
         print(json.dumps({"peak_bytes": peak}))
         return
     del options.peak_of
@@ -157,17 +218,12 @@ def main() -> None:
     if unknown := sorted(set((options.only or known[0]).split(",")) - set(known)):
         parser.error(f"--only: no row {', '.join(unknown)}; rows are {', '.join(known)}")
 
-    wanted = {name: row for name, row in ROWS.items() if run.wants(name)}
-    names = dict.fromkeys(v for baseline, ours, _ in wanted.values() for v in (baseline, ours))
-    variants = Variants(config)
-    # A variant's first step, in the gate, is its warm-up.
-    steps = {name: variants.make(name) for name in sorted(names)}
-    gate(steps)
-    seconds = interleave(steps, 2 if options.quick else 5, "step", warm_up=0)
-    for name, (baseline, ours, bar) in wanted.items():
-        against = f"{baseline}, {statistics.median(seconds[baseline]):.2f} s a step"
-        run.add(speed_up(name, seconds[baseline], seconds[ours], against=against, bar=bar))
-    del steps, variants
+    seconds: dict[str, float] = {}
+    for workload, config in WORKLOADS.items():
+        wanted = {n: r for n, r in ROWS.items() if r.workload == workload and run.wants(n)}
+        if wanted:
+            found = measure(run, wanted, sized(config, options.quick), options.quick)
+            seconds |= {f"{workload} {name}": round(s, 4) for name, s in found.items()}
 
     peaks: dict[str, int] = {}
     for name, (baseline, ours, bar) in PEAKS.items():
@@ -181,12 +237,12 @@ def main() -> None:
         run.add(Row(name, value, "x", (value, value), 1, against, bar, less_is_better=True))
 
     run.config = {
-        "workload": dataclasses.asdict(config),
+        "workloads": {n: dataclasses.asdict(sized(w, options.quick)) for n, w in WORKLOADS.items()},
         "threads": torch.get_num_threads(),
-        "seconds": {name: round(statistics.median(s), 4) for name, s in seconds.items()},
+        "seconds": seconds,
         "peak_bytes": peaks,
-        "peak_batch": QUICK_PEAK_BATCH if options.quick else PEAK_BATCH,
-        "trl": {name: trl_settings(name, config.batch, False) for name in ("sft", "kto")},
+        "peak_batch": peak_config.batch,
+        "trl": {name: trl_settings(name, LAYERS.batch, False) for name in ("sft", "kto")},
     }
     run.finish()
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from alchemist.server.config import Config
 from alchemist.trainer.batch import TokenBatch
 from alchemist.trainer.families import ModelShape
 from alchemist.trainer.lora import LoraAdapter, LoraConfig
@@ -37,8 +38,10 @@ class WorkloadConfig:
     vocab_size: int = 8192
     batch: int = 2
     """completions in the step"""
+    shared: int = 0
+    """tokens of a system prompt that all prompts begin with"""
     prompt: int = 1024
-    """tokens"""
+    """tokens of each prompt after that"""
     response: int = 64
     """tokens"""
     rank: int = 16
@@ -66,15 +69,28 @@ def build_model(config: WorkloadConfig) -> Any:
 
 
 def make_samples(config: WorkloadConfig) -> list[Sample]:
-    """Completions that share nothing; votes alternate up and down (SFT workloads set all up)."""
+    """Completions that share the system prompt, if any; votes alternate up and down."""
     generator = torch.Generator().manual_seed(1)
 
     def ids(n: int) -> list[int]:
         return torch.randint(0, config.vocab_size, (n,), generator=generator).tolist()
 
+    shared = ids(config.shared)
     return [
-        Sample(prompt_ids=ids(config.prompt), response_ids=ids(config.response), label=i % 2 == 0)
+        Sample(
+            prompt_ids=shared + ids(config.prompt),
+            response_ids=ids(config.response),
+            label=i % 2 == 0,
+        )
         for i in range(config.batch)
+    ]
+
+
+def as_pairs(samples: Sequence[Sample]) -> list[Sample]:
+    """Neighbours as preference pairs: two answers to the first one's prompt."""
+    return [
+        dataclasses.replace(s, match=f"pair {i // 2}", prompt_ids=samples[i - i % 2].prompt_ids)
+        for i, s in enumerate(samples)
     ]
 
 
@@ -94,7 +110,8 @@ class Ours:
     def __init__(self, weights: BaseWeights, config: WorkloadConfig) -> None:
         self.weights, self.shape = weights, weights.shape
         self.adapter = make_adapter(self.shape, config)
-        self.engine = ReplayEngine(weights, self.shape)
+        # Split as the server would by default.
+        self.engine = ReplayEngine(weights, self.shape, max_tokens=Config().train_max_tokens)
 
     @classmethod
     def of(cls, model: Any, config: WorkloadConfig) -> Ours:

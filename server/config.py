@@ -38,6 +38,9 @@ TINY_OPTIONS = Path(__file__).parent / "tiny" / "alchemist.yaml"
 LINEAR_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 """What `all-linear` stands for, under PEFT's names."""
 
+OBJECTIVES = ("kto", "apo_zero_unpaired", "dpo", "sft")
+"""Losses of our own, beside a user's `module:function`."""
+
 _PREFIX = "ALCHEMIST_"
 _UNITS = {"": 2**30, "b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
 
@@ -53,8 +56,17 @@ class Config:
     data_dir: str = "./alchemist-data"
     """Directory of ledger and versions, created with mode 0700 (default: ./alchemist-data)."""
 
-    objective: Literal["kto", "apo_zero_unpaired", "sft"] = "kto"
-    """Loss a vote is trained with, as TRL defines it (default: kto)."""
+    objective: str = "kto"
+    """Loss a vote is trained with, as TRL defines it: kto, apo_zero_unpaired, dpo (pairs: a correction
+    and the answer it corrects, or two answers to one prompt with opposite votes; other votes wait), sft
+    (up-votes and corrections), or a function of yours as module:function (default: kto)."""
+
+    loss_type: Literal["sigmoid", "robust", "ipo"] = "sigmoid"
+    """Which dpo (default: sigmoid)."""
+
+    label_smoothing: float = 0.0
+    """Share of votes that dpo's sigmoid and robust take to be the wrong way round, below 0.5
+    (default: 0)."""
 
     lora_rank: int = 16
     """LoRA rank, PEFT's r (default: 16)."""
@@ -98,10 +110,10 @@ class Config:
     train_max_wait: float = 30.0
     """Seconds the oldest pending vote waits before a smaller batch is trained (default: 30)."""
 
-    train_max_tokens: int = 2048
+    train_max_tokens: int = 4096
     """Unique tokens the trainer works on at once; a step with more is split, exactly. Less bounds memory
     and how long the trainer takes to stand aside; a completion longer than this is worked on alone
-    (default: 2048)."""
+    (default: 4096)."""
 
     max_staleness: int = 4
     """Versions a recording may be behind the live one; older ones are recomputed (default: 4)."""
@@ -146,6 +158,10 @@ class Config:
             value = getattr(self, name)
             is_allowed = math.isfinite(value) and (value > 0 if positive else value >= 0)
             _require(self, name, is_allowed, "above 0" if positive else "0 or more")
+        is_function = re.fullmatch(r"[\w.]+:[\w.]+", self.objective) is not None
+        is_objective = self.objective in OBJECTIVES or is_function
+        _require(self, "objective", is_objective, ", ".join(OBJECTIVES) + " or module:function")
+        _require(self, "label_smoothing", self.label_smoothing < 0.5, "0 or more and below 0.5")
         modules = self.target_modules
         is_known = bool(modules) and set(modules) <= set(LINEAR_MODULES)
         _require(
@@ -209,6 +225,7 @@ _NUMBERS = {
     "beta": True,
     "desirable_weight": False,
     "undesirable_weight": False,
+    "label_smoothing": False,
     "max_grad_norm": False,
     "train_max_wait": False,
     "probe_tolerance": True,
@@ -271,7 +288,16 @@ def parse(argv: Sequence[str], environ: Mapping[str, str]) -> tuple[Config, list
 
 
 _TRAINING = {
-    *("objective", "optimizer", "learning_rate", "weight_decay", "max_grad_norm", "beta"),
+    *(
+        "objective",
+        "loss_type",
+        "label_smoothing",
+        "optimizer",
+        "learning_rate",
+        "weight_decay",
+        "max_grad_norm",
+        "beta",
+    ),
     *("desirable_weight", "undesirable_weight", "reference", "train_batch_size"),
 }
 

@@ -247,7 +247,8 @@ class Learner:
             if self.paused or not self.trainer.is_ready or self.stopping:
                 continue
             try:
-                pending = await self.ledger.count("pending")
+                pairs = self.config.objective == "dpo"
+                pending = await self.ledger.num_trainable(pairs=pairs)
                 if not pending:
                     waiting_since, self._flush_left = None, 0
                     continue
@@ -260,7 +261,7 @@ class Learner:
                 )
                 if not is_due:
                     continue
-                items = await self.ledger.next_batch(self.config.train_batch_size)
+                items = await self.ledger.next_batch(self.config.train_batch_size, pairs=pairs)
                 await self._train(items)
                 crashes = 0
                 self._flush_left = max(0, self._flush_left - len(items))
@@ -334,15 +335,18 @@ class Learner:
         completion = item.completion
         prompt = messages.pack_ids(completion.prompt_ids)
         samples: list[messages.TrainSample] = []
+        # A corrected answer is the rejected one of its pair, whatever its vote.
+        label = item.label and (item.correction is None or not item.match)
         if item.correction is None or self.config.objective != "sft":
             samples.append(
                 messages.TrainSample(
                     feedback_id=item.feedback_id,
-                    label=item.label,
+                    label=label,
                     prompt_ids=prompt,
                     response_ids=messages.pack_ids(completion.response_ids),
                     version=completion.version,
                     extra_key=completion.extra_key,
+                    match=item.match,
                 )
             )
         if item.correction is not None:
@@ -355,6 +359,7 @@ class Learner:
                     version=completion.version,
                     extra_key=completion.extra_key,
                     is_correction=True,
+                    match=item.match,
                 )
             )
         return samples

@@ -19,6 +19,7 @@ import logging
 import os
 import re
 import sqlite3
+import sys
 import threading
 import time
 import uuid
@@ -314,19 +315,24 @@ class Ledger(VersionTables):
 
     # Training
 
-    def next_batch(self, limit: int) -> Answer[list[TrainingItem]]:
+    def next_batch(self, limit: int, *, pairs: bool = False) -> Answer[list[TrainingItem]]:
         """The oldest pending votes, at most `limit`, with their completions; they are claimed.
+
+        With `pairs`, those that make preference pairs; the last pair is kept whole.
 
         There is one trainer: whatever an earlier call claimed is free again.
         """
 
         def operation(db: sqlite3.Connection) -> list[TrainingItem]:
+            matches = votes.pick_pairs(db, limit) if pairs else {}
+            chosen = "AND f.id IN (SELECT value FROM json_each(?))" if pairs else ""
+            values = [msgspec.json.encode(list(matches)).decode()] if pairs else []
             completion_columns = ", ".join(f"c.{c}" for c in COMPLETION_COLUMNS.split(", "))
             rows = db.execute(
                 f"SELECT f.id AS feedback_id, f.rating, f.correction, {completion_columns}"
                 " FROM feedback f JOIN completions c ON c.id = f.completion_id"
-                " WHERE f.state = 'pending' ORDER BY f.seq LIMIT ?",
-                (limit,),
+                f" WHERE f.state = 'pending' {chosen} ORDER BY f.seq LIMIT ?",
+                (*values, len(matches) if pairs else limit),
             ).fetchall()
             items = [
                 TrainingItem(
@@ -334,6 +340,7 @@ class Ledger(VersionTables):
                     label=row["rating"] > 0,
                     correction=row["correction"],
                     completion=to_completion(row),
+                    match=matches.get(row["feedback_id"], ""),
                 )
                 for row in rows
             ]
@@ -354,6 +361,12 @@ class Ledger(VersionTables):
         """Votes in `state`."""
         query = "SELECT count(*) FROM feedback WHERE state = ?"
         return self._store.read(lambda db: int(db.execute(query, (state,)).fetchone()[0]))
+
+    def num_trainable(self, *, pairs: bool = False) -> Answer[int]:
+        """Pending votes that `next_batch` would give if there were no limit."""
+        if not pairs:
+            return self.count("pending")
+        return self._store.read(lambda db: len(votes.pick_pairs(db, sys.maxsize)))
 
     def pending_since(self) -> Answer[float | None]:
         """Unix time in seconds since when the oldest pending vote is pending; None: there is none."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import logging
 import os
+import pkgutil
 import signal
 import socket
 import sys
@@ -200,6 +201,13 @@ def _check(config: Config, server_args: Any) -> None:
         raise LaunchError(
             f"--lora-rank is {config.lora_rank}; allowed: up to --max-lora-rank {server_args.max_lora_rank}"
         )
+    if ":" in config.objective:
+        try:
+            is_function = callable(pkgutil.resolve_name(config.objective))
+        except (ImportError, AttributeError, ValueError) as error:
+            raise LaunchError(f"--objective {config.objective}: {error}") from None
+        if not is_function:
+            raise LaunchError(f"--objective {config.objective}: not a function")
     free = psutil.virtual_memory().available
     if config.activation_memory_bytes > free and config.record != "none" and not config.no_train:
         raise LaunchError(

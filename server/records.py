@@ -83,6 +83,8 @@ class TrainingItem(msgspec.Struct, frozen=True, kw_only=True):
     """True: desirable."""
     correction: str | None
     completion: Completion
+    match: str = ""
+    """The preference pair it is half of; with a correction, all of."""
 
 
 class Step(msgspec.Struct, frozen=True, kw_only=True):

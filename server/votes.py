@@ -53,6 +53,36 @@ def list_feedback(
     return [to_feedback(row) for row in rows[:limit]], len(rows) > limit
 
 
+def pick_pairs(db: sqlite3.Connection, limit: int) -> dict[str, str]:
+    """Pending votes that make preference pairs, feedback id → pair: about `limit`, the oldest pairs first.
+
+    A vote with a correction is a pair by itself. Of others, two make one: opposite votes on different answers
+    to the same prompt. A vote without a partner is left out, and stays pending.
+    """
+    rows = db.execute(
+        "SELECT f.id, f.rating, f.correction IS NOT NULL AS is_pair, c.prompt_ids, c.response_ids"
+        " FROM feedback f JOIN completions c ON c.id = f.completion_id"
+        " WHERE f.state = 'pending' ORDER BY f.seq"
+    )
+    picked: dict[str, str] = {}
+    alone: dict[tuple[bytes, int], dict[str, bytes]] = {}
+    for row in rows:
+        if len(picked) >= limit:
+            break
+        if row["is_pair"]:
+            picked[row["id"]] = row["id"]
+            continue
+        opposite = alone.get((row["prompt_ids"], -row["rating"]), {})
+        partner = next((f for f, ids in opposite.items() if ids != row["response_ids"]), None)
+        if partner is None:
+            same = alone.setdefault((row["prompt_ids"], row["rating"]), {})
+            same[row["id"]] = row["response_ids"]
+        else:
+            del opposite[partner]
+            picked[partner] = picked[row["id"]] = partner
+    return picked
+
+
 def replay(db: sqlite3.Connection, key: str, fingerprint: bytes) -> tuple[Feedback, bool] | None:
     """What the first request with this idempotency key was answered; None: there was none.
 

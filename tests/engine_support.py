@@ -17,7 +17,7 @@ from torch import Tensor
 from alchemist.trainer.families import ModelShape
 from alchemist.trainer.lora import LoraAdapter, LoraConfig
 from alchemist.trainer.rows import ActivationView, Recorded
-from alchemist.trainer.step import Objective, ReplayEngine, VersionGroup
+from alchemist.trainer.step import Objective, ReplayEngine, Sample, VersionGroup
 from alchemist.trainer.weights import BaseWeights, fused_from_hf
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
@@ -138,35 +138,78 @@ def naive_step(
     kl = torch.stack(kl_of).mean().clamp(min=0)
     if objective.name != "kto" or objective.reference == "served":
         kl = torch.zeros(())
-    num_tokens = sum(len(s.response_ids) for s in samples if s.label)
-    total, grads = 0.0, {}
+    values: list[Tensor] = []
+    base: list[Tensor] = []
+    for group in groups:
+        adapted = with_peft(model, group.adapter)
+        with torch.no_grad():
+            for sample in group.samples:
+                values.append(naive_logps(adapted, *sample.pair))
+                off = adapted.disable_adapter() if objective.reference == "base" else nullcontext()
+                with off:
+                    base.append(naive_logps(adapted, *sample.pair))
+        adapted.unload()
+    total = float(naive_loss(samples, values, base, kl, objective))
+    grads: dict[str, Tensor] = {}
+    index = 0
     for group in groups:
         adapted = with_peft(model, group.adapter)
         for sample in group.samples:
-            if objective.name == "sft" and not sample.label:
-                continue
-            logp = naive_logps(adapted, sample.prompt_ids, sample.response_ids).sum()
-            with (
-                torch.no_grad(),
-                adapted.disable_adapter() if objective.reference == "base" else nullcontext(),
-            ):
-                base = naive_logps(adapted, sample.prompt_ids, sample.response_ids).sum()
-            beta = objective.beta
-            if objective.name == "sft":
-                loss = -logp / num_tokens
-            elif sample.label:
-                loss = objective.desirable_weight * (1 - torch.sigmoid(beta * (logp - base - kl)))
-            else:
-                loss = objective.undesirable_weight * (1 - torch.sigmoid(beta * (kl - logp + base)))
-            loss = sample.weight * loss / (1 if objective.name == "sft" else len(samples))
-            loss.backward()
-            total += float(loss.detach())
+            # The gradient through one sample's log-probabilities, the others held still.
+            logps = list(values)
+            logps[index] = naive_logps(adapted, *sample.pair)
+            index += 1
+            loss = naive_loss(samples, logps, base, kl, objective)
+            if loss.requires_grad:
+                loss.backward()
         for name, parameter in adapted.named_parameters():
             if parameter.grad is not None:
                 name = name.replace(".default", "")
                 grads[name] = grads.get(name, 0) + parameter.grad
         adapted.unload()
     return total, grads, float(kl)
+
+
+def naive_loss(
+    samples: Sequence[Sample],
+    logps: Sequence[Tensor],
+    base: Sequence[Tensor],
+    kl: Tensor,
+    objective: Objective,
+) -> Tensor:
+    """The step's loss, sample by sample."""
+    beta, smooth = objective.beta, objective.label_smoothing
+    total = torch.zeros((), dtype=logps[0].dtype)
+    for i, sample in enumerate(samples):
+        ratio = (logps[i] - base[i]).sum()
+        if objective.name == "sft":
+            if sample.label:
+                tokens = sum(len(s.response_ids) for s in samples if s.label)
+                total = total - sample.weight * logps[i].sum() / tokens
+        elif objective.name == "dpo":
+            if not sample.label:
+                continue
+            (j,) = (j for j, s in enumerate(samples) if s.match == sample.match and not s.label)
+            other = (logps[j] - base[j]).sum()
+            p = torch.sigmoid(beta * (ratio - other))
+            if objective.loss_type == "ipo":
+                gap = ratio / len(logps[i]) - other / len(logps[j]) - 0.5 / beta
+                loss = gap * gap
+            elif objective.loss_type == "robust":
+                loss = (-(1 - smooth) * p.log() + smooth * (1 - p).log()) / (1 - 2 * smooth)
+            else:
+                loss = -(1 - smooth) * p.log() - smooth * (1 - p).log()
+            total = total + loss * (sample.weight + samples[j].weight) / len(samples)
+        elif ":" in objective.name:
+            # `user_losses:hinge` written out again.
+            sign = 1 if sample.label else -1
+            total = total + sample.weight * torch.relu(1 - sign * ratio) ** 2
+        else:
+            sign = 1 if sample.label else -1
+            weight = objective.desirable_weight if sample.label else objective.undesirable_weight
+            p = torch.sigmoid(beta * sign * (ratio - kl))
+            total = total + sample.weight * weight * (1 - p) / len(samples)
+    return total
 
 
 class Recorder:

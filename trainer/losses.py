@@ -1,18 +1,23 @@
 """Losses of TRL on sequence log-probabilities: pure functions, no model.
 
-Names and definitions as in TRL's `KTOTrainer` and `SFTTrainer`:
+Names and definitions as in TRL's `KTOTrainer`, `DPOTrainer` and `SFTTrainer`; r = log π − log π_ref:
 
-    kto                 1 − σ(β(r − kl)) desirable, 1 − σ(β(kl − r)) undesirable      r = log π − log π_ref
+    kto                 1 − σ(β(r − kl)) desirable, 1 − σ(β(kl − r)) undesirable
     apo_zero_unpaired   1 − σ(β r) desirable, σ(β r) undesirable
+    dpo   sigmoid       −(1 − ε) log σ(βΔ) − ε log σ(−βΔ)                 Δ = r_chosen − r_rejected
+          robust        (−(1 − ε) log σ(βΔ) + ε log σ(−βΔ)) / (1 − 2ε)
+          ipo           (Δ' − 1/2β)²                     Δ' of the log-ratios' means over tokens
     sft                 −mean of the response tokens' log-probabilities
 
-Sources: KTO, arXiv 2402.01306; APO, arXiv 2408.06266.
+ε is the label smoothing. Sources: KTO, arXiv 2402.01306; APO, arXiv 2408.06266; DPO, arXiv 2305.18290, its section
+on noisy labels; robust DPO, arXiv 2403.00409; IPO, arXiv 2310.12036.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import logsigmoid
 
 
 def kto_losses(
@@ -46,6 +51,30 @@ def apo_zero_unpaired_losses(
     ratio = torch.sigmoid(beta * (logps - reference_logps))
     losses = torch.where(labels, 1 - ratio, ratio)
     return losses * _weights(labels, losses, desirable_weight, undesirable_weight)
+
+
+def dpo_losses(
+    chosen_ratio: Tensor,
+    rejected_ratio: Tensor,
+    chosen_tokens: Tensor,
+    rejected_tokens: Tensor,
+    *,
+    beta: float,
+    loss_type: str = "sigmoid",
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    """[pairs] losses from the log-ratios [pairs], sums over response tokens, and the numbers of
+    those tokens.
+    """
+    if loss_type == "ipo":
+        delta = chosen_ratio / chosen_tokens - rejected_ratio / rejected_tokens
+        return (delta - 1 / (2 * beta)) ** 2
+    delta = beta * (chosen_ratio - rejected_ratio)
+    right, flipped = -logsigmoid(delta), -logsigmoid(-delta)
+    if loss_type == "robust":
+        mixed = (1 - label_smoothing) * right - label_smoothing * flipped
+        return mixed / (1 - 2 * label_smoothing)
+    return (1 - label_smoothing) * right + label_smoothing * flipped
 
 
 def _weights(labels: Tensor, like: Tensor, desirable: float, undesirable: float) -> Tensor:

@@ -12,7 +12,8 @@ from .batch import Pair
 from .lora import LoraAdapter
 from .rows import Recorded
 
-ObjectiveName = Literal["kto", "apo_zero_unpaired", "sft"]
+OBJECTIVES = ("kto", "apo_zero_unpaired", "dpo", "sft")
+LossType = Literal["sigmoid", "robust", "ipo"]
 Reference = Literal["served", "base"]
 
 
@@ -26,6 +27,9 @@ class Sample:
     weight: float = 1.0
     """Multiplies the sample's loss; denominators do not change."""
     recorded: Recorded | None = None
+    match: str = ""
+    """The preference pair it belongs to: objective dpo wants one desirable and one undesirable
+    sample of each."""
 
     def __post_init__(self) -> None:
         for name in ("prompt_ids", "response_ids"):
@@ -39,9 +43,14 @@ class Sample:
 
 @dataclass(frozen=True, kw_only=True)
 class Objective:
-    """Field names and defaults as in TRL's KTOConfig."""
+    """Field names and defaults as in TRL's KTOConfig and DPOConfig."""
 
-    name: ObjectiveName = "kto"
+    name: str = "kto"
+    """One of `OBJECTIVES`, or `module:function`: a user's loss, see `user_loss`."""
+    loss_type: LossType = "sigmoid"
+    """Of dpo."""
+    label_smoothing: float = 0.0
+    """Of dpo's sigmoid and robust: the share of votes taken to be the wrong way round."""
     beta: float = 0.1
     desirable_weight: float = 1.0
     undesirable_weight: float = 1.0
@@ -51,7 +60,8 @@ class Objective:
 
     def __post_init__(self) -> None:
         for name, allowed in (
-            ("name", get_args(ObjectiveName)),
+            ("name", (*OBJECTIVES, *([self.name] if ":" in self.name else []))),
+            ("loss_type", get_args(LossType)),
             ("reference", get_args(Reference)),
         ):
             if getattr(self, name) not in allowed:
@@ -61,6 +71,10 @@ class Objective:
         for name in ("beta", "desirable_weight", "undesirable_weight"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"{name} is {getattr(self, name)}, must be 0 or more and finite")
+        if not 0 <= self.label_smoothing < 0.5:
+            raise ValueError(
+                f"label_smoothing is {self.label_smoothing}, must be 0 or more and below 0.5"
+            )
 
 
 @dataclass(frozen=True)

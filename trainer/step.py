@@ -2,12 +2,13 @@
 
 Each group of samples is differentiated at the adapter that served it. The loss is over all samples
 of the step however they are grouped or split: denominators are the step's, and KTO's KL estimate is
-made from all its completions.
+made from all its completions. Where samples of different micro-batches meet in the loss (pairs served
+by different versions, a user's loss), their log-probabilities are computed first, then differentiated.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import replace
 from typing import TypeVar
 
@@ -17,10 +18,11 @@ from torch import Tensor
 from .batch import Pair, TokenBatch
 from .families import ModelShape
 from .lora import LoraAdapter
-from .losses import apo_zero_unpaired_losses, kl_estimate, kto_losses, rotate_completions
+from .losses import kl_estimate, rotate_completions
 from .objective import Objective, Sample, SampleResult, StepGradients, VersionGroup
 from .replay import Gate, Phases, Replay
 from .rows import ActivationView, Recorded, RowsRevoked
+from .step_loss import StepLoss
 from .tree import num_unique_tokens
 from .weights import BaseWeights
 
@@ -116,28 +118,31 @@ class ReplayEngine:
     def replay(self, phases: Phases) -> Replay:
         return Replay(self._weights, self.view, self.gate, phases)
 
-    def micro_batches(self, sequences: Sequence[Pair]) -> list[list[int]]:
+    def micro_batches(
+        self, sequences: Sequence[Pair], units: Sequence[Hashable] | None = None
+    ) -> list[list[int]]:
         """Indices of `sequences` in groups of at most `max_tokens` unique tokens; neighbours share
-        prefixes.
+        prefixes. Sequences with equal `units` stay together, whatever their length.
         """
         whole = [(*prompt, *response[:-1]) for prompt, response in sequences]
         if not whole:
             return []
         if num_unique_tokens(whole) <= self.max_tokens:
             return [list(range(len(whole)))]
+        members: dict[Hashable, list[int]] = {}
+        for i in sorted(range(len(whole)), key=lambda i: whole[i]):
+            members.setdefault(units[i] if units else i, []).append(i)
         batches: list[list[int]] = []
         size = 0
         previous: tuple[int, ...] = ()
-        for i in sorted(range(len(whole)), key=lambda i: whole[i]):
-            # In lexicographic order the new tokens of a sequence are those its predecessor does not
-            # share.
-            new = len(whole[i]) - _common_prefix(previous, whole[i])
+        for unit in members.values():
+            new = _num_new([whole[i] for i in unit], previous)
             if not batches or size + new > self.max_tokens:
                 batches.append([])
-                size, new = 0, len(whole[i])
-            batches[-1].append(i)
+                size, new = 0, _num_new([whole[i] for i in unit], ())
+            batches[-1].extend(unit)
             size += new
-            previous = whole[i]
+            previous = whole[unit[-1]]
         return batches
 
     def zero_grads(self, adapter: LoraAdapter) -> dict[str, Tensor]:
@@ -163,9 +168,7 @@ class _Step:
         self.phases = Phases(engine._device)
         self.grads = engine.zero_grads(self.adapters[0])
         self.results: dict[int, SampleResult] = {}
-        self.count = len(self.samples)
-        if objective.name == "sft":
-            self.count = sum(len(s.response_ids) for s in self.samples if s.label)
+        self.loss = StepLoss(objective, self.samples)
         self.tokens_reused = self.tokens_recomputed = self.tokens_reference = 0
         self.rows_revoked = 0
 
@@ -175,7 +178,10 @@ class _Step:
         batches = [
             (g, [members[j] for j in chosen])
             for g, members in enumerate(by_group)
-            for chosen in self.engine.micro_batches([self.samples[i].pair for i in members])
+            for chosen in self.engine.micro_batches(
+                [self.samples[i].pair for i in members],
+                [self.samples[i].match or i for i in members],
+            )
         ]
         mismatched = self._mismatched_pairs()
         # At base the mismatched pairs' log-ratio is zero: nothing to compute for what v0 served.
@@ -184,9 +190,22 @@ class _Step:
         together = mismatched if len(batches) == 1 else {}
         if mismatched and not together:
             kl = self._kl_alone(mismatched, reference_kl)
+        is_coupled = self.loss.is_coupled([members for _, members in batches])
+        known = self._losses_first(batches, reference) if is_coupled else {}
         for group, members in batches:
-            kl = self._micro_batch(group, members, together, reference, reference_kl, kl)
+            kl = self._micro_batch(group, members, together, reference, reference_kl, kl, known)
         return self._result(kl or 0.0)
+
+    def _losses_first(
+        self, batches: list[tuple[int, list[int]]], reference: dict[int, Tensor]
+    ) -> dict[int, tuple[SampleResult, Tensor]]:
+        """Every sample's result and the gradient by its log-probabilities, from a forward of its own."""
+        logps: dict[int, Tensor] = {}
+        for group, members in batches:
+            logps |= self._policy(group, {i: self.samples[i].pair for i in members})
+        every = list(logps)
+        results, d_logps = self.loss.differentiate(every, [logps[i] for i in every], reference, 0.0)
+        return dict(zip(every, zip(results, d_logps, strict=True), strict=True))
 
     def _mismatched_pairs(self) -> dict[int, Pair]:
         """By sample: its prompt with the completion before it, where the log-ratio is not zero by
@@ -205,8 +224,8 @@ class _Step:
     def _reference(
         self, used: list[int], mismatched: dict[int, Pair]
     ) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
-        """Base log-probabilities, summed, of samples and of mismatched pairs, for versions that are
-        not the base.
+        """Base log-probabilities of samples [tokens], and of mismatched pairs, summed, for versions
+        that are not the base.
         """
         if self.objective.name == "sft" or self.objective.reference != "base":
             return {}, {}
@@ -215,10 +234,10 @@ class _Step:
         pairs = [self.samples[i].pair for i in needed] + list(mismatched.values())
         logps, computed = self.engine.score_with(self.phases, "reference", pairs, None)
         self.tokens_reference = computed
-        sums = [token_logps.sum() for token_logps in logps]
+        rest = [token_logps.sum() for token_logps in logps[len(needed) :]]
         return (
-            dict(zip(needed, sums, strict=False)),
-            dict(zip(mismatched, sums[len(needed) :], strict=True)),
+            dict(zip(needed, logps, strict=False)),
+            dict(zip(mismatched, rest, strict=True)),
         )
 
     def _kl(self, policy: dict[int, Tensor], reference: dict[int, Tensor]) -> float:
@@ -232,23 +251,24 @@ class _Step:
     def _kl_alone(self, mismatched: dict[int, Pair], reference: dict[int, Tensor]) -> float:
         """The KL estimate before several micro-batches that all need it."""
         policy: dict[int, Tensor] = {}
-        for g, adapter in enumerate(self.adapters):
-            members = [i for i in mismatched if self.group_of[i] == g]
-            pairs = [mismatched[i] for i in members]
+        for g in range(len(self.adapters)):
+            pairs = {i: pair for i, pair in mismatched.items() if self.group_of[i] == g}
+            policy |= self._policy(g, pairs) if pairs else {}
+        return self._kl({i: t.sum() for i, t in policy.items()}, reference)
 
-            def attempt(
-                members: list[int] = members,
-                pairs: list[Pair] = pairs,
-                adapter: LoraAdapter = adapter,
-            ) -> tuple[list[Tensor], int]:
-                records = [self.samples[i].recorded for i in members]
-                return self.engine.score_with(self.phases, "forward", pairs, adapter, records)
+    def _policy(self, group: int, pairs: dict[int, Pair]) -> dict[int, Tensor]:
+        """Log-probabilities of `pairs` (by the sample whose prompt they have) at a group's adapter."""
 
-            if members:
-                logps, computed = self._retry(members, attempt)
-                self.tokens_recomputed += computed
-                policy |= {i: t.sum() for i, t in zip(members, logps, strict=True)}
-        return self._kl(policy, reference)
+        def attempt() -> tuple[list[Tensor], int]:
+            records = [self.samples[i].recorded for i in pairs]
+            adapter = self.adapters[group]
+            return self.engine.score_with(
+                self.phases, "forward", list(pairs.values()), adapter, records
+            )
+
+        logps, computed = self._retry(pairs, attempt)
+        self.tokens_recomputed += computed
+        return dict(zip(pairs, logps, strict=True))
 
     def _retry(self, members: Iterable[int], attempt: Callable[[], T]) -> T:
         """Run `attempt`; when rows were revoked, forget those and run it again."""
@@ -275,6 +295,7 @@ class _Step:
         reference: dict[int, Tensor],
         reference_kl: dict[int, Tensor],
         kl: float | None,
+        known: dict[int, tuple[SampleResult, Tensor]],
     ) -> float | None:
         """Forward, loss and backward of some samples of one group. Returns the KL estimate."""
         adapter = self.adapters[group]
@@ -291,8 +312,13 @@ class _Step:
                 if together:
                     sums = [t.sum() for t in state.logps[len(members) :]]
                     estimate = self._kl(dict(zip(together, sums, strict=True)), reference_kl)
-                logps = state.logps[: len(members)]
-                results, d_logps = self._loss(members, logps, reference, estimate or 0.0)
+                if known:
+                    results, d_logps = ([known[i][part] for i in members] for part in (0, 1))
+                else:
+                    logps = state.logps[: len(members)]
+                    results, d_logps = self.loss.differentiate(
+                        members, logps, reference, estimate or 0.0
+                    )
             grads = self.engine.zero_grads(adapter)
             with self.phases.phase("backward"):
                 replay.backward(batch, state, adapter, d_logps, grads)
@@ -305,48 +331,6 @@ class _Step:
         for name, grad in grads.items():
             self.grads[name].add_(grad)
         return kl
-
-    def _loss(
-        self,
-        members: list[int],
-        logps: Sequence[Tensor],
-        reference: dict[int, Tensor],
-        kl: float,
-    ) -> tuple[list[SampleResult], list[Tensor]]:
-        """Per-sample losses and the gradient of the step's loss by each log-probability."""
-        goal = self.objective
-        samples = [self.samples[i] for i in members]
-        leaves = [t.detach().requires_grad_() for t in logps]
-        with torch.enable_grad():
-            sums = torch.stack([t.sum() for t in leaves])
-            weights = torch.tensor(
-                [s.weight for s in samples], dtype=sums.dtype, device=sums.device
-            )
-            base = sums.detach().clone()
-            for row, i in enumerate(members):
-                if i in reference:
-                    base[row] = reference[i]
-            if goal.name == "sft":
-                losses = -sums * weights
-            else:
-                labels = torch.tensor([s.label for s in samples], device=sums.device)
-                scales = {
-                    "beta": goal.beta,
-                    "desirable_weight": goal.desirable_weight,
-                    "undesirable_weight": goal.undesirable_weight,
-                }
-                if goal.name == "kto":
-                    losses = kto_losses(sums, base, labels, kl, **scales) * weights
-                else:
-                    losses = apo_zero_unpaired_losses(sums, base, labels, **scales) * weights
-            d_logps = list(torch.autograd.grad(losses.sum() / self.count, leaves))
-        beta = 0.0 if goal.name == "sft" else goal.beta
-        rewards = beta * (sums.detach() - base)
-        results = [
-            SampleResult(t.detach(), float(b), float(r), float(loss))
-            for t, b, r, loss in zip(leaves, base, rewards, losses.detach(), strict=True)
-        ]
-        return results, d_logps
 
     def _result(self, kl: float) -> StepGradients:
         skipped = SampleResult(torch.empty(0), 0.0, 0.0, 0.0)
@@ -361,7 +345,7 @@ class _Step:
             metrics["rewards/margins"] = metrics["rewards/chosen"] - metrics["rewards/rejected"]
         phases = ("rows", "forward", "reference", "loss", "backward")
         return StepGradients(
-            loss=sum(r.loss for r in results) / max(1, self.count),
+            loss=sum(r.loss for r in results) / max(1, self.loss.count),
             grads=self.grads,
             samples=results,
             kl=kl,
@@ -372,6 +356,17 @@ class _Step:
             rows_revoked=self.rows_revoked,
             metrics=metrics,
         )
+
+
+def _num_new(sequences: Iterable[tuple[int, ...]], previous: tuple[int, ...]) -> int:
+    """Tokens that each sequence does not share with the one before it: in lexicographic order, the
+    new ones.
+    """
+    total = 0
+    for sequence in sequences:
+        total += len(sequence) - _common_prefix(previous, sequence)
+        previous = sequence
+    return total
 
 
 def _common_prefix(a: tuple[int, ...], b: tuple[int, ...]) -> int:

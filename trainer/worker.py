@@ -28,6 +28,7 @@ from alchemist.trainer.optimizer import Optimizer, OptimizerConfig
 from alchemist.trainer.rowdesk import RowDesk
 from alchemist.trainer.rows import ActivationView, Recorded
 from alchemist.trainer.step import Objective, ReplayEngine, Sample, VersionGroup
+from alchemist.trainer.user_loss import UserLossError
 from alchemist.trainer.versions import VersionStore
 from alchemist.trainer.weights import BaseWeights
 
@@ -40,6 +41,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """The server's configuration as far as the trainer needs it; same names, see `server.config.Config`."""
 
     objective: str
+    loss_type: str
+    label_smoothing: float
     lora_rank: int
     lora_alpha: float
     target_modules: tuple[str, ...]
@@ -93,7 +96,9 @@ class Worker:
         )
         self.dtype = weights.dtype
         self.objective = Objective(
-            name=settings.objective,  # type: ignore[arg-type]
+            name=settings.objective,
+            loss_type=settings.loss_type,  # type: ignore[arg-type]
+            label_smoothing=settings.label_smoothing,
             beta=settings.beta,
             desirable_weight=settings.desirable_weight,
             undesirable_weight=settings.undesirable_weight,
@@ -136,6 +141,11 @@ class Worker:
         self.lease.set_state(TrainerState.RUNNING)
         try:
             return self._train(request)
+        except UserLossError as error:
+            logger.exception("step %d failed", request.step)
+            self._masters_of = -1
+            failed = {sample.feedback_id: str(error) for sample in request.samples}
+            return messages.StepFailed(step=request.step, reason=str(error), failed=failed)
         except (ArithmeticError, ValueError, OSError) as error:
             logger.exception("step %d failed", request.step)
             # The masters may be half a step ahead: start again from the directory.
@@ -255,6 +265,12 @@ class Worker:
                 good.append(sample)
             except SampleError as error:
                 failed[sample.feedback_id] = str(error)
+        lost = {sample.match for sample in samples if sample.feedback_id in failed} - {""}
+        for sample in good:
+            if sample.match in lost:
+                failed.setdefault(
+                    sample.feedback_id, "the other answer of its pair cannot be trained"
+                )
         return [sample for sample in good if sample.feedback_id not in failed], failed
 
     def _check_sample(self, sample: messages.TrainSample) -> None:
@@ -306,6 +322,7 @@ def _sample(sample: messages.TrainSample, recorded: Recorded | None) -> Sample:
         label=sample.label,
         weight=sample.weight,
         recorded=recorded,
+        match=sample.match,
     )
 
 

@@ -27,6 +27,10 @@ OBJECTIVES = [
     Objective(name="kto", beta=0.4, desirable_weight=1.2),
     Objective(name="kto", beta=0.4, reference="served"),
     Objective(name="apo_zero_unpaired", beta=0.4, undesirable_weight=0.6),
+    Objective(name="dpo", beta=0.4, label_smoothing=0.1),
+    Objective(name="dpo", beta=0.4, loss_type="robust", label_smoothing=0.2, reference="served"),
+    Objective(name="dpo", beta=0.4, loss_type="ipo"),
+    Objective(name="user_losses:hinge"),
 ]
 
 
@@ -50,8 +54,24 @@ def trees(draw):
     return samples
 
 
-def compare(model, samples, adapter, objective, masks, limit):
-    engine = engine_of(model)
+def as_pairs(samples):
+    """Each sample, and after it one with the other vote on the same prompt."""
+    pairs = []
+    for i, sample in enumerate(samples):
+        other = [1, *sample.response_ids[:2]]
+        pairs += [
+            dataclasses.replace(sample, match=f"pair {i}"),
+            dataclasses.replace(
+                sample, match=f"pair {i}", label=not sample.label, response_ids=other
+            ),
+        ]
+    return pairs
+
+
+def compare(model, samples, adapter, objective, masks, limit, max_tokens=1 << 16):
+    if objective.name == "dpo":
+        samples, masks = as_pairs(samples), [m for mask in masks for m in (mask, ~mask)]
+    engine = engine_of(model, max_tokens=max_tokens)
     dtype = next(model.parameters()).dtype
     recorder = Recorder(engine.shape, dtype)
     engine.view = recorder.view
@@ -88,7 +108,8 @@ def test_any_tree_any_mask_any_objective(family, data):
         torch.tensor(data.draw(st.lists(st.booleans(), min_size=n, max_size=n)))
         for n in (len(s.prompt_ids) for s in samples)
     ]
-    compare(model, samples, adapter, objective, masks, LIMITS[torch.float64])
+    max_tokens = data.draw(st.sampled_from([1 << 16, 9, 1]))
+    compare(model, samples, adapter, objective, masks, LIMITS[torch.float64], max_tokens)
 
 
 def fixed_samples():
@@ -105,7 +126,9 @@ def fixed_samples():
 
 @pytest.mark.parametrize("dtype", LIMITS, ids=str)
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
-@pytest.mark.parametrize("objective", OBJECTIVES, ids=lambda o: f"{o.name}-{o.reference}")
+@pytest.mark.parametrize(
+    "objective", OBJECTIVES, ids=lambda o: f"{o.name}-{o.loss_type}-{o.reference}"
+)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_all_none_and_half_recorded(family, objective, share, dtype):
     model = random_model(family, dtype)

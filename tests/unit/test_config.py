@@ -98,7 +98,7 @@ def test_automatic_activation_memory_is_a_capped_tenth() -> None:
         (["--lora-rank", "2.5"], "--lora-rank is '2.5'; allowed: a whole number"),
         (["--learning-rate", "nan"], "--learning-rate is nan; allowed: above 0"),
         (["--max-grad-norm", "-1"], "--max-grad-norm is -1.0; allowed: 0 or more"),
-        (["--objective", "ppo"], "allowed: one of kto, apo_zero_unpaired, sft"),
+        (["--objective", "ppo"], "allowed: kto, apo_zero_unpaired, dpo, sft or module:function"),
         (["--target-modules", "q_proj,embed"], "--target-modules is ('q_proj', 'embed')"),
         (["--activation-memory", "2 potatoes"], "a number in GiB"),
         (["--activation-memory", "0"], "a number in GiB"),

@@ -240,6 +240,45 @@ def test_a_vote_in_training_cannot_be_changed_until_released(ledger: Ledger) -> 
     assert [item.label for item in ledger.next_batch(5).result()] == [False, False]
 
 
+def add_answers(ledger: Ledger, *answers: tuple[list[int], int, int]) -> list[str]:
+    """Votes on answers given as (prompt, one response token, rating); ids in order."""
+    ids = []
+    for number, (prompt, token, rating) in enumerate(answers):
+        rid = f"p{number}"
+        ledger.add_completion(completion(rid, prompt_ids=prompt, response_ids=[token]))
+        ids.append(vote(ledger, rid, rating)[0].id)
+    return ids
+
+
+def matches(ledger: Ledger, limit: int = 100) -> dict[str, str]:
+    return {i.feedback_id: i.match for i in ledger.next_batch(limit, pairs=True).result()}
+
+
+def test_opposite_votes_on_one_prompt_make_a_pair(ledger: Ledger) -> None:
+    a, b = [1, 2], [1, 3]
+    up_a, up_b, down_c, down_a, up_a2, down_b = add_answers(
+        ledger, (a, 5, 1), (b, 5, 1), ([9], 5, -1), (a, 6, -1), (a, 7, 1), (b, 6, -1)
+    )
+    assert matches(ledger) == {up_a: up_a, down_a: up_a, up_b: up_b, down_b: up_b}
+    assert ledger.num_trainable(pairs=True).result() == 4
+    assert ledger.num_trainable().result() == 6
+    # The oldest pair, whole.
+    assert matches(ledger, limit=1) == {up_a: up_a, down_a: up_a}
+    commit(ledger, 1, [up_a, down_a, up_b, down_b])
+    assert matches(ledger) == {}
+    assert ledger.get_feedback(up_a2).result().state == "pending"
+    assert ledger.get_feedback(down_c).result().state == "pending"
+
+
+def test_a_correction_is_a_pair_and_equal_answers_are_none(ledger: Ledger) -> None:
+    up, down = add_answers(ledger, ([1], 5, 1), ([1], 5, -1))
+    assert matches(ledger) == {}
+    assert ledger.num_trainable(pairs=True).result() == 0
+    vote(ledger, "p1", -1, correction="better")
+    assert matches(ledger) == {down: down}
+    assert ledger.get_feedback(up).result().state == "pending"
+
+
 def test_the_same_batch_is_handed_out_again_until_committed(ledger: Ledger) -> None:
     ids = add_voted(ledger, 3)
     for _ in range(2):

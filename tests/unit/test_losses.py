@@ -5,10 +5,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from trl.trainer.dpo_trainer import DPOTrainer
 from trl.trainer.kto_trainer import KTOTrainer
 
 from alchemist.trainer.losses import (
     apo_zero_unpaired_losses,
+    dpo_losses,
     kl_estimate,
     kto_losses,
     rotate_completions,
@@ -74,6 +76,65 @@ def test_loss_and_gradient_equal_trls(name, labels, shift):
     else:
         losses = apo_zero_unpaired_losses(tokens.sum(-1), reference, labels, **options)
     ours = losses.mean()
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
+    torch.testing.assert_close(
+        torch.autograd.grad(ours, tokens), torch.autograd.grad(theirs, tokens), rtol=0, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize(
+    ("loss_type", "smoothing"), [("sigmoid", 0.0), ("ipo", 0.0), ("robust", 0.2), ("robust", 0.0)]
+)
+def test_pair_losses_and_gradients_equal_trls(loss_type, smoothing):
+    torch.manual_seed(0)
+    lengths = torch.tensor([4, 2, 3, 4])  # two chosen, two rejected
+    tokens = torch.randn(4, 4, dtype=torch.float64).requires_grad_()
+    mask = torch.arange(4) < lengths[:, None]
+    reference = torch.randn(4, dtype=torch.float64)
+    trainer = SimpleNamespace(
+        accelerator=SimpleNamespace(
+            device=torch.device("cpu"), gather_for_metrics=lambda x: x, gather=lambda x: x
+        ),
+        aux_loss_enabled=False,
+        precompute_ref_logps=True,
+        ld_alpha=None,
+        f_divergence_type="reverse_kl",
+        loss_types=[loss_type],
+        loss_weights=[1.0],
+        beta=0.3,
+        label_smoothing=smoothing,
+        use_weighting=False,
+        _metrics={"train": defaultdict(list)},
+        _total_train_tokens=0,
+        _tp_size=1,
+    )
+
+    def forward(**_):
+        zeros = torch.zeros_like(tokens)
+        said = {"entropy": zeros, "mean_logits": zeros, "is_top1": zeros.bool()}
+        return SimpleNamespace(log_probs=tokens * mask, **said)
+
+    whole = torch.cat([torch.zeros(4, 1, dtype=torch.bool), mask], dim=1)
+    inputs = {
+        "input_ids": torch.zeros(4, 5, dtype=torch.int64),
+        "attention_mask": torch.ones(4, 5, dtype=torch.int64),
+        "completion_mask": whole.long(),
+        "ref_chosen_logps": reference[:2],
+        "ref_rejected_logps": reference[2:],
+    }
+    call = type("Model", (), {"training": True, "__call__": lambda self, **kw: forward(**kw)})()
+    trainer.model = call
+    theirs = DPOTrainer._compute_loss(trainer, call, inputs, return_outputs=False)
+    ratios = (tokens * mask).sum(-1) - reference
+    ours = dpo_losses(
+        ratios[:2],
+        ratios[2:],
+        lengths[:2],
+        lengths[2:],
+        beta=0.3,
+        loss_type=loss_type,
+        label_smoothing=smoothing,
+    ).mean()
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
     torch.testing.assert_close(
         torch.autograd.grad(ours, tokens), torch.autograd.grad(theirs, tokens), rtol=0, atol=1e-6

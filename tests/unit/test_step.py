@@ -1,6 +1,7 @@
 """A whole step: version groups, micro-batches, revoked rows, the gate, and one SGD step from outside."""
 
 import dataclasses
+import itertools
 
 import pytest
 import torch
@@ -77,17 +78,39 @@ def groups_of(model, recorder, shape):
     ]
 
 
+def paired(groups):
+    """Neighbours in step order as preference pairs, some of one version, some of two."""
+    numbers = itertools.count()
+
+    def pair(sample):
+        n = next(numbers)
+        return dataclasses.replace(sample, label=n % 2 == 0, match=f"pair {n // 2}")
+
+    samples = [[pair(s) for s in group.samples] for group in groups]
+    samples[-1].pop()  # an odd one
+    return [VersionGroup(g.adapter, s) for g, s in zip(groups, samples, strict=True)]
+
+
 @pytest.mark.parametrize("max_tokens", [1 << 16, 20, 1])
 @pytest.mark.parametrize(
     "objective",
-    [KTO, Objective(name="sft"), Objective(name="apo_zero_unpaired", reference="served")],
-    ids=lambda o: o.name,
+    [
+        KTO,
+        Objective(name="sft"),
+        Objective(name="apo_zero_unpaired", reference="served"),
+        Objective(name="dpo", beta=0.3),
+        Objective(name="dpo", beta=0.3, loss_type="ipo"),
+        Objective(name="user_losses:hinge"),
+    ],
+    ids=lambda o: f"{o.name}-{o.loss_type}",
 )
 def test_mixed_versions_and_micro_batches_equal_the_naive_step(model, objective, max_tokens):
     engine = engine_of(model, max_tokens=max_tokens)
     recorder = Recorder(engine.shape, torch.float64)
     engine.view = recorder.view
     groups = groups_of(model, recorder, engine.shape)
+    if objective.name == "dpo":
+        groups = paired(groups)
     loss, grads, kl = naive_step(model, groups, objective)
     result = engine.step_gradients(groups, objective)
     assert result.loss == pytest.approx(loss, abs=1e-12)
@@ -157,6 +180,26 @@ def test_sft_trains_up_votes_only(model):
     none = engine.gradients([s for s in samples if not s.label], adapter, sft)
     assert none.loss == 0
     assert not any(g.any() for g in none.grads.values())
+
+
+@pytest.mark.parametrize("matches", [["", ""], ["a", "b"], ["a", "a", "a"], ["b", "a", "a"]])
+def test_samples_that_are_no_pairs_are_refused(model, matches):
+    engine = engine_of(model)
+    samples = [
+        Sample(prompt_ids=[1], response_ids=[2 + i], label=i % 2 == 0, match=match)
+        for i, match in enumerate(matches)
+    ]
+    adapter = random_adapter(engine.shape, torch.float64, 3)
+    with pytest.raises(ValueError, match="objective dpo wants pairs"):
+        engine.gradients(samples, adapter, Objective(name="dpo"))
+
+
+def test_two_pairs_of_equal_votes_are_refused(model):
+    engine = engine_of(model)
+    samples = [Sample(prompt_ids=[1], response_ids=[i], label=True, match="a") for i in (2, 3)]
+    adapter = random_adapter(engine.shape, torch.float64, 3)
+    with pytest.raises(ValueError, match="objective dpo wants pairs"):
+        engine.gradients(samples, adapter, Objective(name="dpo"))
 
 
 class RevokingGate:
@@ -247,7 +290,9 @@ def test_one_sgd_step_equals_transformers_and_peft(name):
 @pytest.mark.parametrize(
     "bad",
     [
-        lambda: Objective(name="dpo"),
+        lambda: Objective(name="dpo2"),
+        lambda: Objective(loss_type="hinge"),
+        lambda: Objective(label_smoothing=0.5),
         lambda: Objective(reference="nobody"),
         lambda: Objective(beta=-1.0),
         lambda: Sample(prompt_ids=[], response_ids=[1], label=True),

@@ -1,0 +1,89 @@
+"""Objectives beyond single votes, live: preference pairs, and a user's own loss."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from live import Server, wait_for
+
+pytestmark = pytest.mark.server
+
+TESTS = Path(__file__).parents[1]
+
+
+def start(folder, *args):
+    paths = [str(TESTS), os.environ.get("PYTHONPATH", "")]
+    env = {"PYTHONPATH": os.pathsep.join(path for path in paths if path)}
+    return Server(folder / "data", "--train-max-wait", "3600", *args, env=env)
+
+
+def ask(server, text):
+    return server.chat(text, temperature=1.0)
+
+
+def train(server, is_done):
+    server.http.post("/v1/training/flush").raise_for_status()
+
+    def status():
+        found = server.training()
+        return found if found["state"] == "idle" and is_done(found) else None
+
+    return wait_for(status, 120, "a step")
+
+
+def two_answers(server, text):
+    """Two answers to one prompt that differ."""
+    first = ask(server, text)
+    for _ in range(50):
+        second = ask(server, text)
+        if second["choices"] != first["choices"]:
+            return first["id"], second["id"]
+    raise AssertionError("the model gave fifty equal answers")
+
+
+@pytest.mark.parametrize("loss_type", ["sigmoid", "ipo"])
+def test_pairs_are_trained_and_single_votes_wait(tmp_path, loss_type):
+    server = start(tmp_path, "--objective", "dpo", "--loss-type", loss_type, "--beta", "0.5")
+    try:
+        good, bad = two_answers(server, "Tell me a story about a fox.")
+        pair = [server.vote(good, "up")["id"], server.vote(bad, "down")["id"]]
+        alone = server.vote(ask(server, "What is 2 + 3?")["id"], "up")["id"]
+        corrected = server.vote(ask(server, "Hello!")["id"], "down", correction="Good day to you.")[
+            "id"
+        ]
+        status = train(server, lambda s: s["trained"] == 3)
+        assert (status["trained"], status["pending"], status["failed"]) == (3, 1, 0)
+        step = status["last_step"]
+        assert step["num_samples"] == 4
+        assert step["loss"] > 0
+        assert status["tokens_reused"] > 0
+        states = {
+            vote_id: server.http.get(f"/v1/feedback/{vote_id}").json()["state"]
+            for vote_id in (*pair, corrected, alone)
+        }
+        assert list(states.values()) == ["trained", "trained", "trained", "pending"]
+    finally:
+        assert server.stop() == 0, server.tail()
+
+
+def test_a_users_loss_trains_and_a_broken_one_fails_its_votes_only(tmp_path):
+    server = start(tmp_path, "--objective", "user_losses:hinge")
+    try:
+        server.vote(ask(server, "What is 2 + 3?")["id"], "up")["id"]
+        status = train(server, lambda s: s["trained"] == 1)
+        assert (status["trained"], status["live_version"]) == (1, "v1")
+        assert status["objective"] == "user_losses:hinge"
+    finally:
+        assert server.stop() == 0, server.tail()
+    server = start(tmp_path, "--objective", "user_losses:broken")
+    try:
+        failed = server.vote(ask(server, "What is 2 + 3?")["id"], "up")["id"]
+        train(server, lambda s: s["failed"] == 1)
+        found = server.http.get(f"/v1/feedback/{failed}").json()
+        assert "user_losses:broken failed: KeyError: 'advantage'" in found["reason"]
+        assert server.training()["live_version"] == "v1"
+        assert ask(server, "What is 2 + 3?")["choices"]
+    finally:
+        assert server.stop() == 0, server.tail()
