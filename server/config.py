@@ -276,7 +276,7 @@ def parse(argv: Sequence[str], environ: Mapping[str, str]) -> tuple[Config, list
         from_file, sglang_mapping = _from_file(path) if path else ({}, {})
         found = {**from_file, **variables, **given}
         if is_embedded(sglang_argv, sglang_mapping) and not _TRAINING & set(found):
-            found |= _from_file(str(TINY_OPTIONS))[0]
+            found = _from_file(str(TINY_OPTIONS))[0] | found
         values = {name: _read(name, value) for name, value in found.items()}
         config = Config(**values)
         if sglang_argv or sglang_mapping:
@@ -288,17 +288,9 @@ def parse(argv: Sequence[str], environ: Mapping[str, str]) -> tuple[Config, list
 
 
 _TRAINING = {
-    *(
-        "objective",
-        "loss_type",
-        "label_smoothing",
-        "optimizer",
-        "learning_rate",
-        "weight_decay",
-        "max_grad_norm",
-        "beta",
-    ),
-    *("desirable_weight", "undesirable_weight", "reference", "train_batch_size"),
+    *("objective", "loss_type", "label_smoothing", "optimizer", "learning_rate", "weight_decay"),
+    *("max_grad_norm", "beta", "desirable_weight", "undesirable_weight", "reference"),
+    *("train_batch_size", "lora_rank", "lora_alpha", "target_modules"),
 }
 
 

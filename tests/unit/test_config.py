@@ -43,10 +43,13 @@ def test_the_embedded_model_has_a_preset_for_who_says_nothing_of_training(tmp_pa
     preset = yaml.safe_load(TINY_OPTIONS.read_text())
     config = parse(["--seed", "3"], {})[0]
     assert (config.beta, config.learning_rate) == (preset["beta"], preset["learning-rate"])
+    assert (config.lora_rank, config.lora_alpha) == (preset["lora-rank"], 2 * preset["lora-rank"])
+    assert parse(["--train-max-wait", "7"], {})[0].train_max_wait == 7
     file = tmp_path / "c.yaml"
     file.write_text("max-grad-norm: 0.5\n")
     for argv, environ in (
         (["--optimizer", "sgd"], {}),
+        (["--lora-rank", "8"], {}),
         ([], {"ALCHEMIST_TRAIN_BATCH_SIZE": "4"}),
         (["--config", str(file)], {}),
     ):
