@@ -18,12 +18,14 @@ import json
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from bench_common import Row, Run, interleave, speed_up
+from bench_common import Row, Run, interleave, progress, quartiles, speed_up
+from step_gemms import backward_products
 from step_workload import (
     Ours,
     WorkloadConfig,
@@ -36,7 +38,7 @@ from step_workload import (
 from torch import Tensor
 
 from alchemist.server import cpu
-from alchemist.trainer.step import Objective
+from alchemist.trainer.step import Objective, StepGradients
 
 OBJECTIVES = {
     "sft": Objective(name="sft"),
@@ -81,6 +83,7 @@ PEAKS = {
     "sft_peak_vs_trl": ("sft trl", "sft recorded", 0.53),
     "sft_peak_vs_trl_ckpt": ("sft trl checkpointing", "sft recorded", 1.0),
 }
+GEMM_ROW = "backward_gemm_fraction"
 PEAK_BATCH, QUICK_PEAK_BATCH = 8, 2
 
 
@@ -116,7 +119,16 @@ class Variants:
             samples = [
                 dataclasses.replace(s, recorded=recorded[tuple(s.prompt_ids)]) for s in samples
             ]
-        return lambda: ours.step(samples, objective)
+        return lambda: ours.step(samples, objective).grads
+
+    def recorded_step(self) -> Callable[[], StepGradients]:
+        """One `sft recorded` step with its phases' seconds."""
+        self.make("sft recorded")
+        ours, samples = self._ours, self._recorded
+        assert ours is not None
+        assert samples is not None
+        samples = [dataclasses.replace(s, label=True) for s in samples]
+        return lambda: ours.step(samples, OBJECTIVES["sft"])
 
 
 def gate(steps: dict[str, Callable[[], dict[str, Tensor]]]) -> None:
@@ -134,6 +146,23 @@ def gate(steps: dict[str, Callable[[], dict[str, Tensor]]]) -> None:
             raise SystemExit(
                 f"gate: the gradients of {name} and {reference_name} differ by {error / norm:.1e}"
             )
+
+
+def gemm_fraction(run: Run, config: WorkloadConfig, quick: bool) -> dict[str, float]:
+    """How much of the backward phase is what its bare matrix products take; adds the row, returns the phases."""
+    step, products = Variants(config).recorded_step(), backward_products(config)
+    fractions, phases = [], []
+    step()
+    for _ in progress(range(2 if quick else 5), "backward_gemm_fraction"):
+        phases.append(step().seconds)
+        started = time.perf_counter()
+        for product in products:
+            product()
+        fractions.append((time.perf_counter() - started) / phases[-1]["backward"])
+    row = Row(GEMM_ROW, statistics.median(fractions), "x", quartiles(fractions), len(fractions))
+    row.against, row.bar = "torch.matmul of the same shapes", 0.7
+    run.add(row)
+    return {name: statistics.median(p[name] for p in phases) for name in phases[0]}
 
 
 def peak_bytes(name: str, quick: bool) -> int:
@@ -214,7 +243,7 @@ def main() -> None:
         return
     del options.peak_of
     run = Run("step", options)
-    known = [*ROWS, *PEAKS]
+    known = [*ROWS, GEMM_ROW, *PEAKS]
     if unknown := sorted(set((options.only or known[0]).split(",")) - set(known)):
         parser.error(f"--only: no row {', '.join(unknown)}; rows are {', '.join(known)}")
 
@@ -224,6 +253,10 @@ def main() -> None:
         if wanted:
             found = measure(run, wanted, sized(config, options.quick), options.quick)
             seconds |= {f"{workload} {name}": round(s, 4) for name, s in found.items()}
+
+    phases: dict[str, float] = {}
+    if run.wants(GEMM_ROW):
+        phases = gemm_fraction(run, sized(LAYERS, options.quick), options.quick)
 
     peaks: dict[str, int] = {}
     for name, (baseline, ours, bar) in PEAKS.items():
@@ -240,6 +273,7 @@ def main() -> None:
         "workloads": {n: dataclasses.asdict(sized(w, options.quick)) for n, w in WORKLOADS.items()},
         "threads": torch.get_num_threads(),
         "seconds": seconds,
+        "sft_recorded_phases": phases,
         "peak_bytes": peaks,
         "peak_batch": peak_config.batch,
         "trl": {name: trl_settings(name, LAYERS.batch, False) for name in ("sft", "kto")},

@@ -22,7 +22,7 @@ from alchemist.trainer.families import ModelShape
 from alchemist.trainer.lora import LoraAdapter, LoraConfig
 from alchemist.trainer.replay import Phases
 from alchemist.trainer.rows import ActivationView, Recorded
-from alchemist.trainer.step import Objective, ReplayEngine, Sample
+from alchemist.trainer.step import Objective, ReplayEngine, Sample, StepGradients
 from alchemist.trainer.weights import BaseWeights, fused_from_hf
 
 
@@ -147,8 +147,8 @@ class Ours:
         self.engine.view = ActivationView(layout, pool, k, v, gens)
         return taken
 
-    def step(self, samples: Sequence[Sample], objective: Objective) -> dict[str, Tensor]:
-        return self.engine.gradients(samples, self.adapter, objective).grads
+    def step(self, samples: Sequence[Sample], objective: Objective) -> StepGradients:
+        return self.engine.gradients(samples, self.adapter, objective)
 
 
 def trl_settings(name: str, batch: int, checkpointing: bool) -> dict[str, Any]:

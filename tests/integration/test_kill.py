@@ -176,7 +176,7 @@ def trainer_killed(data_dir: Path, times: int, seed: int) -> set[str]:
 def server_killed(data_dir: Path, times: int, seed: int, votes: set[str]) -> None:
     for number in range(times):
         kill_server(data_dir, seed + number, votes)
-    killed = list(Path(tempfile.gettempdir()).glob("alchemist-*"))
+    killed = list(Path(tempfile.gettempdir()).glob("alchemist-[0-9]*-*"))
     server = Server(data_dir, *ARGS)
     try:
         gone = [path for path in killed if not psutil.pid_exists(int(path.name.split("-")[1]))]
