@@ -13,6 +13,7 @@
     72      trainer      num_acks          revocations acknowledged while it was working
     80      trainer      latencies_ns[]    ring of the last `RING` revoke → acknowledge times
     ...     trainer      layer_max_ns      longest stretch between two gates
+    ...     trainer      num_missed        revocations that were over before the trainer's next gate
     ...     any          sem_t             process-shared, posted when the device becomes free
 
 The lease is granted exactly when both busy words are zero. Every word has one writer, so there is nothing to lock: a
@@ -54,6 +55,7 @@ class _Block(ctypes.Structure):
         ("num_acks", ctypes.c_uint64),
         ("latencies_ns", ctypes.c_uint64 * RING),
         ("layer_max_ns", ctypes.c_uint64),
+        ("num_missed", ctypes.c_uint64),
         ("semaphore", ctypes.c_uint64 * 8),
     )
 
@@ -143,6 +145,13 @@ class Lease:
         return int(self._block.num_acks)
 
     @property
+    def num_missed(self) -> int:
+        """Busy times that began and ended within one layer of a working trainer: it yielded to none of them. On a
+        processor the operating system puts the trainer aside meanwhile.
+        """
+        return int(self._block.num_missed)
+
+    @property
     def layer_max_ms(self) -> float:
         """Longest stretch between two gates of a working trainer, in ms: the bound of a revocation."""
         return float(self._block.layer_max_ns / 1e6)
@@ -186,6 +195,14 @@ class Lease:
         block.latencies_ns[block.num_acks % RING] = max(0, latency_ns)
         block.num_acks += 1
 
+    @property
+    def epoch(self) -> int:
+        """Changes whenever the lease is revoked."""
+        return int(self._block.front_epoch + self._block.engine_epoch)
+
+    def note_missed(self) -> None:
+        self._block.num_missed += 1
+
     def note_stretch(self, ns: int) -> None:
         self._block.layer_max_ns = max(self._block.layer_max_ns, ns)
 
@@ -200,17 +217,22 @@ class Gate:
         self._lease = lease
         self._alive = alive
         self._last_ns = time.monotonic_ns()
+        self._epoch = lease.epoch
         self.waited_s = 0.0
 
     def start(self) -> None:
         """Begin a stretch of work: the time since the last one was not spent holding the device."""
         self._last_ns = time.monotonic_ns()
+        self._epoch = self._lease.epoch
 
     def __call__(self) -> None:
         lease = self._lease
         now = time.monotonic_ns()
         if lease.is_granted:
             lease.note_stretch(now - self._last_ns)
+            if lease.epoch != self._epoch:
+                lease.note_missed()
+                self._epoch = lease.epoch
             self._last_ns = now
             return
         since = lease._revoked_since_ns()
@@ -226,3 +248,4 @@ class Gate:
         end = time.monotonic_ns()
         self.waited_s += (end - now) / 1e9
         self._last_ns = end
+        self._epoch = lease.epoch

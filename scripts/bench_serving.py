@@ -342,6 +342,8 @@ def report(
         value = lease[f"revoke_{label}_ms"]
         if value is not None:
             run.add(Row(f"revoke_{label}_ms", value, "ms", (value, value), acks))
+    missed = float(lease["revocations_missed"])
+    run.add(Row("revocations_missed", missed, "times", (missed, missed), 1))
     run.add(
         Row(
             "longest_layer_ms",

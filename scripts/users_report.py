@@ -65,7 +65,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
     for start in starts.values():
         axis.axvline(start, color="0.9", linewidth=0.8, zorder=0)
     handles = [h for a in (axis, drift) for h in a.get_legend_handles_labels()[0]]
-    axis.legend(handles=handles, loc="center right", fontsize=8)
+    axis.legend(handles=handles, loc="upper left", bbox_to_anchor=(0.06, 0.97), fontsize=8)
     rule = ", ".join(f"{k} {v}" for k, v in result["rule"].items() if v is not None)
     axis.set_title(f"{len(votes)} votes in {result['seconds_voting']:.0f} s ({rule})")
     figure.tight_layout()

@@ -497,6 +497,7 @@ class Learner:
                 "granted": self.lease.is_granted,
                 "trainer_state": self.lease.state.name.lower(),
                 "revocations": self.lease.num_acks,
+                "revocations_missed": self.lease.num_missed,
                 "revoke_p50_ms": _quantile(latencies, 0.5),
                 "revoke_p99_ms": _quantile(latencies, 0.99),
                 "longest_layer_ms": self.lease.layer_max_ms,

@@ -77,6 +77,21 @@ def test_a_revocation_before_the_work_began_has_no_latency():
     assert lease.num_acks == 0
 
 
+def test_a_busy_time_within_one_layer_is_counted_as_missed():
+    lease = Lease.create()
+    gate = Gate(lease, alive=lambda: True)
+    lease.set_front_busy(1)
+    lease.set_front_busy(0)
+    gate.start()
+    gate()
+    assert lease.num_missed == 0
+    lease.set_front_busy(1)
+    lease.set_front_busy(0)
+    gate()
+    gate()
+    assert (lease.num_missed, lease.num_acks) == (1, 0)
+
+
 def test_a_gate_of_an_orphan_ends_its_process():
     lease = Lease.create()
     lease.set_engine_busy(True)
