@@ -84,7 +84,7 @@ class ActivationPool:
         if count > self._free.numel():
             self.num_lost += count
             return None
-        rows, self._free = self._free[:count], self._free[count:]
+        rows = self._take(count)
         self._tick += 1
         self.row_of_slot[slots] = rows
         self._slot_of_row[rows] = slots
@@ -139,13 +139,27 @@ class ActivationPool:
         assert int(self._refs.min()) >= 0, "negative count"
         assert not self._refs[self._free].any(), "a free row has readers"
 
+    def _take(self, count: int) -> torch.Tensor:
+        """`count` of the free rows: neighbours, if so many are, because one plain copy into them is several times
+        faster than a scatter. Rows come back in the order of eviction, so free neighbours drift apart in the list.
+        """
+        first = 0
+        if not bool((self._free[:count].diff() == 1).all()):
+            self._free = self._free.sort().values
+            spans = self._free[count - 1 :] - self._free[: self._free.numel() - count + 1]
+            runs = torch.nonzero(spans == count - 1)
+            first = int(runs[0]) if runs.numel() else 0
+        rows = self._free[first : first + count]
+        self._free = torch.cat((self._free[:first], self._free[first + count :]))
+        return rows
+
     def _end(self, rows: torch.Tensor) -> None:
         # The generation first: a reader that sees new content also sees the new generation.
         self.row_gen[rows] += 1
         self.row_of_slot[self._slot_of_row[rows]] = -1
         self._slot_of_row[rows] = -1
         self._refs[rows] = 0
-        self._free = torch.cat((self._free, rows))
+        self._free = torch.cat((self._free, rows.sort().values))
 
     def _evict(self, count: int) -> None:
         """End at least `count` rows, the least recently used first, if so many are held without a reader."""

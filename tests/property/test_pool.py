@@ -131,3 +131,16 @@ def test_the_least_recently_used_rows_go_first():
     pool.alloc(torch.tensor([5, 6]))
     assert (pool.row_of_slot[torch.tensor([1, 2])] >= 0).all()
     assert (pool.row_of_slot[torch.tensor([3, 4])] == -1).all()
+
+
+def test_a_prompt_gets_neighbouring_rows_while_there_are_any():
+    pool = ActivationPool(LAYOUT, num_rows=12, num_slots=64)
+    slots = torch.arange(1, 13)
+    assert pool.alloc(slots).tolist() == list(range(12))
+    # Freed in another order, as eviction does, with rows 4 and 9 still held.
+    for gone in ([8, 7, 6], [11, 12, 9], [2, 1, 4, 3]):
+        pool.free_slots(torch.tensor(gone))
+    assert pool.alloc(torch.arange(20, 24)).tolist() == [5, 6, 7, 8]
+    assert pool.alloc(torch.arange(30, 33)).tolist() == [0, 1, 2]
+    assert pool.alloc(torch.arange(40, 43)).tolist() == [3, 10, 11]
+    pool.check_integrity()
