@@ -221,6 +221,7 @@ def main() -> None:
     options.requests = options.requests or (8 if options.quick else 40)
     rounds = 2 if options.quick else 6
     run = Run("serving", options)
+    run.config = {"model": os.path.relpath(options.model, ROOT)}
     with tempfile.TemporaryDirectory(prefix="bench-serving-") as name:
         folder = Path(name)
         alchemist = ["-m", "alchemist.server"]
