@@ -9,8 +9,9 @@ Four servers are up at once and measured in turn, in rotated order; the others a
     recording   Alchemist recording every prefill, its trainer idle
     idle        the same while training: a backlog of votes, lease policy idle
 
-The load is SGLang's own benchmark client, with random token ids (no prefix is ever shared). Latency ratios are
-ours ÷ plain: less is better. The gate: greedy tokens and logprobs of all four servers' base model agree.
+The load is SGLang's own benchmark client, with random token ids (no prefix is ever shared). Rounds are short and many,
+because a shared machine drifts by more within minutes than what is measured here. Latency ratios are ours ÷ plain in the
+same round: less is better. The gate: greedy tokens and logprobs of all four servers' base model agree.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+import itertools
 import json
+import math
 import os
 import signal
 import socket
@@ -27,6 +30,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -99,12 +103,12 @@ class Target:
         return out
 
     def load(
-        self, options: argparse.Namespace, seed: int, folder: Path, requests: int = 0
+        self, options: argparse.Namespace, folder: Path, seed: int, requests: int, rate: float
     ) -> dict[str, Any]:
-        """One run of SGLang's benchmark client; its result with per-request details, times in seconds."""
+        """One run of SGLang's benchmark client, `rate` requests a second; its result with per-request details, times
+        in seconds."""
         from sglang.benchmark import serving
 
-        requests = requests or options.requests
         result = folder / f"{self.name}-{seed}.jsonl"
         arguments = {
             "backend": "sglang",
@@ -115,7 +119,7 @@ class Target:
             "tokenizer": options.model,
             "seed": seed,
             "num-prompts": requests,
-            "request-rate": "inf" if requests == WARM_UP else options.rate,
+            "request-rate": rate,
             "random-input-len": options.input_len,
             "random-output-len": options.output_len,
             "random-range-ratio": 1.0,
@@ -212,14 +216,14 @@ def main() -> None:
         "--rate", type=float, default=2.0, help="requests per second, Poisson (default: 2)"
     )
     parser.add_argument(
-        "--requests", type=int, default=0, help="requests per round (default: 40; quick: 8)"
+        "--requests", type=int, default=12, help="requests per round and server (default: 12)"
     )
+    parser.add_argument("--rounds", type=int, default=0, help="rounds (default: 20; quick: 2)")
     Run.add_arguments(parser)
     options = parser.parse_args()
     # However this ends, its servers end.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by a signal"))
-    options.requests = options.requests or (8 if options.quick else 40)
-    rounds = 2 if options.quick else 6
+    rounds = options.rounds or (2 if options.quick else 20)
     run = Run("serving", options)
     run.config = {"model": os.path.relpath(options.model, ROOT)}
     with tempfile.TemporaryDirectory(prefix="bench-serving-") as name:
@@ -264,7 +268,11 @@ def measure(
     dedicated = backlog.dedicated_rate(3 if options.quick else 12)
     backlog.stop()
     for target in progress(targets, "warm-up"):
-        target.load(options, 999, folder, requests=WARM_UP)
+        target.load(options, folder, seed=999, requests=WARM_UP, rate=math.inf)
+
+    def load(target: Target, seed: int) -> dict[str, Any]:
+        return target.load(options, folder, seed, options.requests, options.rate)
+
     results: dict[str, list[dict[str, Any]]] = {target.name: [] for target in targets}
     rates: list[float] = []
     order = [
@@ -273,11 +281,11 @@ def measure(
     for r, target in progress(order, "measuring"):
         if target.name == "idle":
             backlog.start(4000)
-            rate, result = backlog.rate_over(lambda t=target, s=r: t.load(options, s, folder))
+            rate, result = backlog.rate_over(lambda t=target, s=r: load(t, s))
             rates.append(rate)
             backlog.stop()
         else:
-            result = target.load(options, r, folder)
+            result = load(target, r)
         results[target.name].append(result)
     report(run, results, rates, dedicated, backlog.status()["lease"])
 
@@ -289,44 +297,37 @@ def report(
     dedicated: float,
     lease: dict[str, Any],
 ) -> None:
-    def quantile(result: dict[str, Any], what: str, q: float) -> float:
+    def latencies(name: str, what: str) -> list[list[float]]:
+        """Milliseconds of each request, round by round, sorted within one."""
         if what == "ttft":
-            values = sorted(result["ttfts"])
+            found = [result["ttfts"] for result in results[name]]
         else:
-            values = sorted(statistics.fmean(itls) for itls in result["itls"] if itls)
-        return values[min(len(values) - 1, int(q * len(values)))] * 1e3
+            found = [[statistics.fmean(i) for i in r["itls"] if i] for r in results[name]]
+        return [sorted(seconds * 1e3 for seconds in values) for values in found]
+
+    def quantile(ordered: Sequence[float], q: float) -> float:
+        return ordered[min(len(ordered) - 1, int(q * len(ordered)))]
 
     for what in ("ttft", "tpot"):
+        rounds = {name: latencies(name, what) for name in results}
+        pooled = {name: sorted(itertools.chain(*found)) for name, found in rounds.items()}
         for label, q in (("p50", 0.5), ("p99", 0.99)):
-            plain = [quantile(result, what, q) for result in results["plain"]]
-            run.add(
-                Row(
-                    f"{what}_{label}_plain",
-                    statistics.median(plain),
-                    "ms",
-                    quartiles(plain),
-                    len(plain),
-                )
-            )
+            plain = [quantile(values, q) for values in rounds["plain"]]
+            value = quantile(pooled["plain"], q)
+            run.add(Row(f"{what}_{label}_plain", value, "ms", quartiles(plain), len(plain)))
             for name in ("off", "recording", "idle"):
-                # Each round against plain SGLang's measurement of the same round and the same requests.
+                # Each round against plain SGLang's measurement of the same round and the same requests. A round is too
+                # short to have a 99th percentile: that one is of all requests of the run, its quartiles the rounds'.
                 ratios = [
-                    quantile(ours, what, q) / base
-                    for ours, base in zip(results[name], plain, strict=True)
+                    quantile(ours, q) / base for ours, base in zip(rounds[name], plain, strict=True)
                 ]
-                row = f"{what}_{label}_{name}"
-                run.add(
-                    Row(
-                        row,
-                        statistics.median(ratios),
-                        "x",
-                        quartiles(ratios),
-                        len(ratios),
-                        against="plain SGLang, same run",
-                        bar=BARS.get(row),
-                        less_is_better=True,
-                    )
-                )
+                ratio = statistics.median(ratios)
+                if label == "p99":
+                    ratio = quantile(pooled[name], q) / value
+                row = Row(f"{what}_{label}_{name}", ratio, "x", quartiles(ratios), len(ratios))
+                row.against, row.less_is_better = "plain SGLang, same run", True
+                row.bar = BARS.get(row.name)
+                run.add(row)
     for name, found in results.items():
         values = [result["output_throughput"] for result in found]
         run.add(
