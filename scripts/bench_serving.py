@@ -9,9 +9,9 @@ Four servers are up at once and measured in turn, in rotated order; the others a
     recording   Alchemist recording every prefill, its trainer idle
     idle        the same while training: a backlog of votes, lease policy idle
 
-The load is SGLang's own benchmark client, with random token ids (no prefix is ever shared). Rounds are short and many,
-because a shared machine drifts by more within minutes than what is measured here. Latency ratios are ours ÷ plain in the
-same round: less is better. The gate: greedy tokens and logprobs of all four servers' base model agree.
+The load is SGLang's own benchmark client, with random token ids (no prefix is ever shared). Rounds are short and many:
+a shared machine drifts by more within minutes than what is measured here. Latency ratios are ours ÷ plain in the same
+round: less is better. The gate: greedy tokens and logprobs of all four servers' base model agree.
 """
 
 from __future__ import annotations
