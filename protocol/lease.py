@@ -216,9 +216,8 @@ class Gate:
         """
         self._lease = lease
         self._alive = alive
-        self._last_ns = time.monotonic_ns()
-        self._epoch = lease.epoch
         self.waited_s = 0.0
+        self.start()
 
     def start(self) -> None:
         """Begin a stretch of work: the time since the last one was not spent holding the device."""
@@ -232,8 +231,7 @@ class Gate:
             lease.note_stretch(now - self._last_ns)
             if lease.epoch != self._epoch:
                 lease.note_missed()
-                self._epoch = lease.epoch
-            self._last_ns = now
+            self.start()
             return
         since = lease._revoked_since_ns()
         # Only a revocation that came while we were working has a latency.
@@ -245,7 +243,5 @@ class Gate:
             if not self._alive():
                 os._exit(0)
         lease.set_state(TrainerState.RUNNING)
-        end = time.monotonic_ns()
-        self.waited_s += (end - now) / 1e9
-        self._last_ns = end
-        self._epoch = lease.epoch
+        self.start()
+        self.waited_s += (self._last_ns - now) / 1e9

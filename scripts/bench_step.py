@@ -159,9 +159,17 @@ def gemm_fraction(run: Run, config: WorkloadConfig, quick: bool) -> dict[str, fl
         for product in products:
             product()
         fractions.append((time.perf_counter() - started) / phases[-1]["backward"])
-    row = Row(GEMM_ROW, statistics.median(fractions), "x", quartiles(fractions), len(fractions))
-    row.against, row.bar = "torch.matmul of the same shapes", 0.7
-    run.add(row)
+    run.add(
+        Row(
+            GEMM_ROW,
+            statistics.median(fractions),
+            "x",
+            quartiles(fractions),
+            len(fractions),
+            against="torch.matmul of the same shapes",
+            bar=0.7,
+        )
+    )
     return {name: statistics.median(p[name] for p in phases) for name in phases[0]}
 
 

@@ -26,6 +26,8 @@ import msgspec
 import psutil
 import yaml
 
+from alchemist.protocol import objectives
+from alchemist.protocol.objectives import LossType, Reference
 from alchemist.server import sglang_flags
 from alchemist.server.sglang_flags import UsageError, unknown
 
@@ -37,9 +39,6 @@ TINY_OPTIONS = Path(__file__).parent / "tiny" / "alchemist.yaml"
 
 LINEAR_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 """What `all-linear` stands for, under PEFT's names."""
-
-OBJECTIVES = ("kto", "apo_zero_unpaired", "dpo", "sft")
-"""Losses of our own, beside a user's `module:function`."""
 
 _PREFIX = "ALCHEMIST_"
 _UNITS = {"": 2**30, "b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
@@ -61,7 +60,7 @@ class Config:
     and the answer it corrects, or two answers to one prompt with opposite votes; other votes wait), sft
     (up-votes and corrections), or a function of yours as module:function (default: kto)."""
 
-    loss_type: Literal["sigmoid", "robust", "ipo"] = "sigmoid"
+    loss_type: LossType = "sigmoid"
     """Which dpo (default: sigmoid)."""
 
     label_smoothing: float = 0.0
@@ -97,7 +96,7 @@ class Config:
     undesirable_weight: float = 1.0
     """Weight of down-votes in the loss (default: 1)."""
 
-    reference: Literal["served", "base"] = "base"
+    reference: Reference = "base"
     """What the log-ratio is taken against: the base model, or the version that served the answer
     (default: base)."""
 
@@ -158,9 +157,8 @@ class Config:
             value = getattr(self, name)
             is_allowed = math.isfinite(value) and (value > 0 if positive else value >= 0)
             _require(self, name, is_allowed, "above 0" if positive else "0 or more")
-        is_function = re.fullmatch(r"[\w.]+:[\w.]+", self.objective) is not None
-        is_objective = self.objective in OBJECTIVES or is_function
-        _require(self, "objective", is_objective, ", ".join(OBJECTIVES) + " or module:function")
+        is_objective = objectives.is_allowed(self.objective)
+        _require(self, "objective", is_objective, objectives.ALLOWED)
         _require(self, "label_smoothing", self.label_smoothing < 0.5, "0 or more and below 0.5")
         modules = self.target_modules
         is_known = bool(modules) and set(modules) <= set(LINEAR_MODULES)

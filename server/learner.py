@@ -240,29 +240,35 @@ class Learner:
     async def _train_forever(self) -> None:
         waiting_since: float | None = None
         crashes = 0
+        size, pairs = self.config.train_batch_size, self.config.objective == "dpo"
+        pending: int | None = None
         while True:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._wake.wait(), _POLL_S)
-            self._wake.clear()
+            if self._wake.is_set():
+                self._wake.clear()
+                pending = None
             if self.paused or not self.trainer.is_ready or self.stopping:
                 continue
             try:
-                pairs = self.config.objective == "dpo"
-                pending = await self.ledger.num_trainable(pairs=pairs)
+                if pending is None:
+                    pending = await self.ledger.num_trainable(size, pairs=pairs)
                 if not pending:
                     waiting_since, self._flush_left = None, 0
                     continue
                 now = time.monotonic()
                 waiting_since = waiting_since or now
                 is_due = (
-                    pending >= self.config.train_batch_size
+                    pending >= size
                     or self._flush_left > 0
                     or now - waiting_since >= self.config.train_max_wait
                 )
                 if not is_due:
                     continue
-                items = await self.ledger.next_batch(self.config.train_batch_size, pairs=pairs)
-                await self._train(items)
+                items = await self.ledger.next_batch(size, pairs=pairs)
+                # Votes may have been deleted since they were counted.
+                if items:
+                    await self._train(items)
                 crashes = 0
                 self._flush_left = max(0, self._flush_left - len(items))
                 waiting_since = time.monotonic()
@@ -273,6 +279,7 @@ class Learner:
                     crashes = 0
                     reason = f"the trainer ended {_MAX_CRASHES} times on this batch"
                     await self.ledger.fail_feedback({i.feedback_id: reason for i in items})
+                    self._wake.set()
             except Exception as error:
                 # Whatever goes wrong here must not end learning for good, nor touch serving.
                 self.last_error = str(error)

@@ -19,7 +19,6 @@ import logging
 import os
 import re
 import sqlite3
-import sys
 import threading
 import time
 import uuid
@@ -324,15 +323,13 @@ class Ledger(VersionTables):
         """
 
         def operation(db: sqlite3.Connection) -> list[TrainingItem]:
-            matches = votes.pick_pairs(db, limit) if pairs else {}
-            chosen = "AND f.id IN (SELECT value FROM json_each(?))" if pairs else ""
-            values = [msgspec.json.encode(list(matches)).decode()] if pairs else []
+            matches = (votes.pick_pairs if pairs else votes.pick_oldest)(db, limit)
             completion_columns = ", ".join(f"c.{c}" for c in COMPLETION_COLUMNS.split(", "))
             rows = db.execute(
                 f"SELECT f.id AS feedback_id, f.rating, f.correction, {completion_columns}"
                 " FROM feedback f JOIN completions c ON c.id = f.completion_id"
-                f" WHERE f.state = 'pending' {chosen} ORDER BY f.seq LIMIT ?",
-                (*values, len(matches) if pairs else limit),
+                " WHERE f.id IN (SELECT value FROM json_each(?)) ORDER BY f.seq",
+                (msgspec.json.encode(list(matches)).decode(),),
             ).fetchall()
             items = [
                 TrainingItem(
@@ -340,7 +337,7 @@ class Ledger(VersionTables):
                     label=row["rating"] > 0,
                     correction=row["correction"],
                     completion=to_completion(row),
-                    match=matches.get(row["feedback_id"], ""),
+                    match=matches[row["feedback_id"]],
                 )
                 for row in rows
             ]
@@ -362,11 +359,10 @@ class Ledger(VersionTables):
         query = "SELECT count(*) FROM feedback WHERE state = ?"
         return self._store.read(lambda db: int(db.execute(query, (state,)).fetchone()[0]))
 
-    def num_trainable(self, *, pairs: bool = False) -> Answer[int]:
-        """Pending votes that `next_batch` would give if there were no limit."""
-        if not pairs:
-            return self.count("pending")
-        return self._store.read(lambda db: len(votes.pick_pairs(db, sys.maxsize)))
+    def num_trainable(self, limit: int, *, pairs: bool = False) -> Answer[int]:
+        """How many votes `next_batch` would give. With `pairs` it compares the prompts of all pending votes."""
+        pick = votes.pick_pairs if pairs else votes.pick_oldest
+        return self._store.read(lambda db: len(pick(db, limit)))
 
     def pending_since(self) -> Answer[float | None]:
         """Unix time in seconds since when the oldest pending vote is pending; None: there is none."""

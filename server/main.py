@@ -5,7 +5,6 @@ from __future__ import annotations
 import atexit
 import logging
 import os
-import pkgutil
 import signal
 import socket
 import sys
@@ -16,6 +15,7 @@ from typing import Any, NoReturn
 import psutil
 import torch
 
+from alchemist.protocol import objectives
 from alchemist.protocol.lease import Lease
 from alchemist.protocol.models import UnsupportedModelError, require_supported
 from alchemist.server import config as configuration
@@ -201,13 +201,11 @@ def _check(config: Config, server_args: Any) -> None:
         raise LaunchError(
             f"--lora-rank is {config.lora_rank}; allowed: up to --max-lora-rank {server_args.max_lora_rank}"
         )
-    if ":" in config.objective:
+    if objectives.is_function(config.objective):
         try:
-            is_function = callable(pkgutil.resolve_name(config.objective))
-        except (ImportError, AttributeError, ValueError) as error:
-            raise LaunchError(f"--objective {config.objective}: {error}") from None
-        if not is_function:
-            raise LaunchError(f"--objective {config.objective}: not a function")
+            objectives.load_function(config.objective)
+        except ValueError as error:
+            raise LaunchError(f"--{error}") from None
     free = psutil.virtual_memory().available
     if config.activation_memory_bytes > free and config.record != "none" and not config.no_train:
         raise LaunchError(

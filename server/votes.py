@@ -53,6 +53,12 @@ def list_feedback(
     return [to_feedback(row) for row in rows[:limit]], len(rows) > limit
 
 
+def pick_oldest(db: sqlite3.Connection, limit: int) -> dict[str, str]:
+    """The oldest pending votes, at most `limit`: feedback id → no pair."""
+    query = "SELECT id FROM feedback WHERE state = 'pending' ORDER BY seq LIMIT ?"
+    return dict.fromkeys((row["id"] for row in db.execute(query, (limit,))), "")
+
+
 def pick_pairs(db: sqlite3.Connection, limit: int) -> dict[str, str]:
     """Pending votes that make preference pairs, feedback id → pair: about `limit`, the oldest pairs first.
 

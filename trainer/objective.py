@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import get_args
 
 from torch import Tensor
+
+from alchemist.protocol.objectives import ALLOWED, LossType, Reference, is_allowed
 
 from .batch import Pair
 from .lora import LoraAdapter
 from .rows import Recorded
-
-OBJECTIVES = ("kto", "apo_zero_unpaired", "dpo", "sft")
-LossType = Literal["sigmoid", "robust", "ipo"]
-Reference = Literal["served", "base"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +44,7 @@ class Objective:
     """Field names and defaults as in TRL's KTOConfig and DPOConfig."""
 
     name: str = "kto"
-    """One of `OBJECTIVES`, or `module:function`: a user's loss, see `user_loss`."""
+    """One of `protocol.objectives.OBJECTIVES`, or `module:function`: a user's loss, see `user_loss`."""
     loss_type: LossType = "sigmoid"
     """Of dpo."""
     label_smoothing: float = 0.0
@@ -59,14 +57,12 @@ class Objective:
     log-ratio and the KL are identically zero."""
 
     def __post_init__(self) -> None:
-        for name, allowed in (
-            ("name", (*OBJECTIVES, *([self.name] if ":" in self.name else []))),
-            ("loss_type", get_args(LossType)),
-            ("reference", get_args(Reference)),
-        ):
-            if getattr(self, name) not in allowed:
+        if not is_allowed(self.name):
+            raise ValueError(f"objective name is {self.name!r}, allowed: {ALLOWED}")
+        for name, kind in (("loss_type", LossType), ("reference", Reference)):
+            if getattr(self, name) not in get_args(kind):
                 raise ValueError(
-                    f"objective {name} is {getattr(self, name)!r}, allowed: {', '.join(allowed)}"
+                    f"objective {name} is {getattr(self, name)!r}, allowed: {', '.join(get_args(kind))}"
                 )
         for name in ("beta", "desirable_weight", "undesirable_weight"):
             if not 0 <= getattr(self, name) < float("inf"):

@@ -6,12 +6,13 @@ of the step at once, however the engine splits the work.
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from alchemist.protocol.objectives import load_function
 
 
 class UserLossError(ValueError):
@@ -46,15 +47,10 @@ def load_user_loss(name: str) -> UserLoss:
     Raises:
         UserLossError: there is none.
     """
-    module_name, _, function_name = name.partition(":")
     try:
-        function = getattr(importlib.import_module(module_name), function_name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise UserLossError(f"objective {name}: {error}") from None
-    if not callable(function):
-        raise UserLossError(f"objective {name}: not a function")
-    loss: UserLoss = function
-    return loss
+        return load_function(name)
+    except ValueError as error:
+        raise UserLossError(str(error)) from None
 
 
 def user_loss(name: str, function: UserLoss, batch: LossBatch) -> tuple[float, Tensor]:

@@ -141,18 +141,14 @@ class Worker:
         self.lease.set_state(TrainerState.RUNNING)
         try:
             return self._train(request)
-        except UserLossError as error:
-            logger.exception("step %d failed", request.step)
-            self._masters_of = -1
-            failed = {sample.feedback_id: str(error) for sample in request.samples}
-            return messages.StepFailed(step=request.step, reason=str(error), failed=failed)
         except (ArithmeticError, ValueError, OSError) as error:
             logger.exception("step %d failed", request.step)
-            # The masters may be half a step ahead: start again from the directory.
-            self._masters_of = -1
-            return messages.StepFailed(
-                step=request.step, reason=f"{type(error).__name__}: {error}", failed={}
-            )
+            failed, reason = {}, f"{type(error).__name__}: {error}"
+            if isinstance(error, UserLossError):
+                # It would fail again: its votes must not come back for ever.
+                reason = str(error)
+                failed = {sample.feedback_id: reason for sample in request.samples}
+            return messages.StepFailed(step=request.step, reason=reason, failed=failed)
         finally:
             self.lease.set_state(TrainerState.IDLE)
 
@@ -230,13 +226,12 @@ class Worker:
 
     def _state_of(self, version: int) -> tuple[LoraAdapter, Optimizer]:
         """Masters and optimizer state of a version, in memory when they are the ones of the last step."""
-        if self._masters_of != version or self._masters is None or self._optimizer is None:
+        # Until the step's directory is on disk, memory and disk differ: after a failure they are read again.
+        at, self._masters_of = self._masters_of, -1
+        if at != version or self._masters is None or self._optimizer is None:
             self._masters = self.store.load(version, self.shape)
             self._optimizer = self._make_optimizer(self._masters)
             self.store.load_optimizer(version, self._optimizer)
-            self._masters_of = version
-        # Until the step's directory is on disk, memory and disk differ: a failure reloads.
-        self._masters_of = -1
         return self._masters, self._optimizer
 
     def _as_served(self, version: int) -> LoraAdapter:

@@ -93,29 +93,13 @@ def _tiles(q: Tensor, block: PathBlock, num_kv_heads: int) -> Iterator[_Tile]:
         yield _Tile(rows, _group(q[rows], num_kv_heads) * scale, num_keys, mask, first)
 
 
-class _Work:
-    """Memory for three score matrices of one tile, taken once: fresh pages cost as much as the arithmetic."""
-
-    def __init__(self, q: Tensor, num_kv_heads: int, plan: list[PathBlock]) -> None:
-        longest = max((block.keys.numel() for block in plan), default=0)
-        self._flat = q.new_empty(3, q.shape[1] * TILE * longest)
-
-    def of(self, tile: _Tile) -> tuple[Tensor, Tensor, Tensor]:
-        """Three contiguous [K, G*m, num_keys]."""
-        k, gm, _ = tile.q.shape
-        size = k * gm * tile.num_keys
-        a, b, c = (flat[:size].view(k, gm, tile.num_keys) for flat in self._flat)
-        return a, b, c
-
-
-def _probabilities(tile: _Tile, k_KDS: Tensor, *, scores: Tensor, out: Tensor) -> None:
-    """Softmax of the tile's masked scores into `out`; `scores` is overwritten."""
-    torch.bmm(tile.q, k_KDS[:, :, : tile.num_keys], out=scores)
+def _probabilities(tile: _Tile, k_KDS: Tensor) -> Tensor:
+    scores = torch.bmm(tile.q, k_KDS[:, :, : tile.num_keys])
     if tile.mask is not None:
         m = tile.mask.shape[0]
         corner = scores.view(scores.shape[0], -1, m, tile.num_keys)[..., tile.first :]
         corner.masked_fill_(tile.mask, -math.inf)
-    torch.softmax(scores, dim=-1, out=out)
+    return torch.softmax(scores, dim=-1)
 
 
 class _PathAttention(torch.autograd.Function):
@@ -128,14 +112,12 @@ class _PathAttention(torch.autograd.Function):
         if recorded is not None:
             return recorded.detach()
         out = torch.empty_like(q)
-        work = _Work(q, k.shape[1], plan)
         for block in plan:
             keys = _as_slice(block.keys)
             k_KDS = k[keys].permute(1, 2, 0)
             v_KSD = v[keys].transpose(0, 1)
             for tile in _tiles(q, block, k.shape[1]):
-                p, scores, _ = work.of(tile)
-                _probabilities(tile, k_KDS, scores=scores, out=p)
+                p = _probabilities(tile, k_KDS)
                 y = torch.bmm(p, v_KSD[:, : tile.num_keys])
                 out[tile.rows] = _ungroup(y, y.shape[1] * k.shape[1] // q.shape[1])
         return out
@@ -145,7 +127,6 @@ class _PathAttention(torch.autograd.Function):
         q, k, v = ctx.saved_tensors
         scale = 1 / math.sqrt(q.shape[-1])
         dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        work = _Work(q, k.shape[1], ctx.plan)
         for block in ctx.plan:
             keys = _as_slice(block.keys)
             k_KSD = k[keys].transpose(0, 1).contiguous()
@@ -153,12 +134,11 @@ class _PathAttention(torch.autograd.Function):
             dk_KSD, dv_KSD = torch.zeros_like(k_KSD), torch.zeros_like(v_KSD)
             for tile in _tiles(q, block, k.shape[1]):
                 n = tile.num_keys
-                p, dp, ds = work.of(tile)
-                _probabilities(tile, k_KSD.transpose(1, 2), scores=dp, out=p)
+                p = _probabilities(tile, k_KSD.transpose(1, 2))
                 d_o = _group(d_out[tile.rows], k.shape[1])
-                torch.bmm(d_o, v_KSD[:, :n].transpose(1, 2), out=dp)
+                dp = torch.bmm(d_o, v_KSD[:, :n].transpose(1, 2))
                 dv_KSD[:, :n].baddbmm_(p.transpose(1, 2), d_o)
-                torch.ops.aten._softmax_backward_data(dp, p, -1, p.dtype, grad_input=ds)
+                ds = torch.ops.aten._softmax_backward_data(dp, p, -1, p.dtype)
                 dk_KSD[:, :n].baddbmm_(ds.transpose(1, 2), tile.q)
                 d_q = torch.bmm(ds, k_KSD[:, :n]).mul_(scale)
                 dq[tile.rows] = _ungroup(d_q, d_q.shape[1] * k.shape[1] // q.shape[1])

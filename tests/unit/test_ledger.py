@@ -260,8 +260,8 @@ def test_opposite_votes_on_one_prompt_make_a_pair(ledger: Ledger) -> None:
         ledger, (a, 5, 1), (b, 5, 1), ([9], 5, -1), (a, 6, -1), (a, 7, 1), (b, 6, -1)
     )
     assert matches(ledger) == {up_a: up_a, down_a: up_a, up_b: up_b, down_b: up_b}
-    assert ledger.num_trainable(pairs=True).result() == 4
-    assert ledger.num_trainable().result() == 6
+    assert ledger.num_trainable(9, pairs=True).result() == 4
+    assert ledger.num_trainable(9).result() == 6
     # The oldest pair, whole.
     assert matches(ledger, limit=1) == {up_a: up_a, down_a: up_a}
     commit(ledger, 1, [up_a, down_a, up_b, down_b])
@@ -273,7 +273,7 @@ def test_opposite_votes_on_one_prompt_make_a_pair(ledger: Ledger) -> None:
 def test_a_correction_is_a_pair_and_equal_answers_are_none(ledger: Ledger) -> None:
     up, down = add_answers(ledger, ([1], 5, 1), ([1], 5, -1))
     assert matches(ledger) == {}
-    assert ledger.num_trainable(pairs=True).result() == 0
+    assert ledger.num_trainable(9, pairs=True).result() == 0
     vote(ledger, "p1", -1, correction="better")
     assert matches(ledger) == {down: down}
     assert ledger.get_feedback(up).result().state == "pending"
