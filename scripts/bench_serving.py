@@ -9,20 +9,18 @@ Four servers are up at once and measured in turn, in rotated order; the others a
     recording   Alchemist recording every prefill, its trainer idle
     idle        the same while training: a backlog of votes, lease policy idle
 
-The load is SGLang's own benchmark client, with random token ids (no prefix is ever shared). Rounds are short and many:
-a shared machine drifts by more within minutes than what is measured here. Latency ratios are ours ÷ plain in the same
-round: less is better. The gate: greedy tokens and logprobs of all four servers' base model agree.
+The load is SGLang's own benchmark client. Turns are short and many: a shared machine drifts by more within minutes than
+what is measured here. Latency ratios are ours ÷ plain over all requests of the run: less is better; their quartiles are
+those of 200 resamplings of the rounds. The gate: greedy tokens and logprobs of all four servers' base model agree.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import io
 import itertools
-import json
 import math
 import os
+import random
 import signal
 import socket
 import statistics
@@ -32,16 +30,21 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import httpx
+import psutil
 from bench_common import Row, Run, progress, quartiles
+from serving_load import Load, Timing
 
 from alchemist.server.main import TINY_MODEL
 
+T = TypeVar("T")
 ROOT = Path(__file__).parents[1]
 WARM_UP = 4
 """Requests to each server before anything is measured."""
+BURST = 8
+"""Requests at once where throughput is measured."""
 BARS = {"ttft_p50_recording": 1.05, "ttft_p50_idle": 1.25}
 
 
@@ -53,7 +56,8 @@ class Target:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
-        self.http = httpx.Client(base_url=f"http://127.0.0.1:{self.port}", timeout=300)
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.http = httpx.Client(base_url=self.url, timeout=300)
         self.log = folder / f"{name}.log"
         with self.log.open("wb") as output:
             self.process = subprocess.Popen(
@@ -102,45 +106,6 @@ class Target:
             )
         return out
 
-    def load(
-        self, options: argparse.Namespace, folder: Path, seed: int, requests: int, rate: float
-    ) -> dict[str, Any]:
-        """One run of SGLang's benchmark client, `rate` requests a second; its result with per-request details, times
-        in seconds."""
-        from sglang.benchmark import serving
-
-        result = folder / f"{self.name}-{seed}.jsonl"
-        arguments = {
-            "backend": "sglang",
-            "host": "127.0.0.1",
-            "port": self.port,
-            "dataset-name": "random-ids",
-            "model": options.model,
-            "tokenizer": options.model,
-            "seed": seed,
-            "num-prompts": requests,
-            "request-rate": rate,
-            "random-input-len": options.input_len,
-            "random-output-len": options.output_len,
-            "random-range-ratio": 1.0,
-            "warmup-requests": 1,
-            "output-file": result,
-        }
-        words = [word for name, value in arguments.items() for word in (f"--{name}", str(value))]
-        said = io.StringIO()
-        argv, sys.argv = sys.argv, ["serving", *words, "--output-details", "--disable-tqdm"]
-        try:
-            with contextlib.redirect_stdout(said):
-                serving.cli_main()
-        finally:
-            sys.argv = argv
-        if not result.exists():
-            sys.exit(f"the benchmark client failed on {self.name}:\n{said.getvalue()[-2000:]}")
-        found: dict[str, Any] = json.loads(result.read_text().splitlines()[-1])
-        if found["completed"] != requests:
-            sys.exit(f"{self.name}: {found['completed']} of {requests} requests were answered")
-        return found
-
 
 class Backlog:
     """Votes enough to keep the trainer busy for as long as it may train."""
@@ -148,7 +113,7 @@ class Backlog:
     def __init__(self, target: Target) -> None:
         self._http = target.http
         self._user = 0
-        self.train_seconds = 0.0
+        self._trainer = psutil.Process(self.status()["trainer"]["pid"])
         self._http.post("/v1/training/pause")
         self._completions = [self._complete(i) for i in range(8)]
 
@@ -184,23 +149,31 @@ class Backlog:
             time.sleep(0.05)
         return int(self.status()["step"])
 
-    def dedicated_rate(self, steps: int) -> float:
-        """Training tokens per second with nobody to serve, over whole steps."""
+    def dedicated(self, steps: int) -> tuple[float, float]:
+        """With nobody to serve, over whole steps: training tokens and the trainer's processor seconds, per second."""
         self.start(4000)
         self._wait_for_step(self.status()["step"] + 1)
         before = self.status()["step"]
-        return self.rate_over(lambda: self._wait_for_step(before + steps))[0]
+        tokens, seconds, started = self.tokens, self.train_seconds, time.monotonic()
+        self._wait_for_step(before + steps)
+        elapsed = time.monotonic() - started
+        return (self.tokens - tokens) / elapsed, (self.train_seconds - seconds) / elapsed
 
     def _wait_for_step(self, step: int) -> None:
         while self.status()["step"] < step:
             time.sleep(0.02)
 
-    def rate_over(self, action: Any) -> tuple[float, Any]:
-        before, started = self.status(), time.monotonic()
-        result = action()
-        after, ended = self.status(), time.monotonic()
-        tokens = sum(after[k] - before[k] for k in ("tokens_reused", "tokens_recomputed"))
-        return tokens / (ended - started), result
+    @property
+    def train_seconds(self) -> float:
+        """Processor time the trainer has used: what a turn of seconds can be measured by, as steps cannot."""
+        times = self._trainer.cpu_times()
+        return times.user + times.system
+
+    @property
+    def tokens(self) -> int:
+        """Tokens trained so far."""
+        status = self.status()
+        return int(status["tokens_reused"] + status["tokens_recomputed"])
 
 
 def main() -> None:
@@ -216,14 +189,14 @@ def main() -> None:
         "--rate", type=float, default=2.0, help="requests per second, Poisson (default: 2)"
     )
     parser.add_argument(
-        "--requests", type=int, default=12, help="requests per round and server (default: 12)"
+        "--requests", type=int, default=4, help="requests per round and server (default: 4)"
     )
-    parser.add_argument("--rounds", type=int, default=0, help="rounds (default: 20; quick: 2)")
+    parser.add_argument("--rounds", type=int, default=0, help="rounds (default: 60; quick: 6)")
     Run.add_arguments(parser)
     options = parser.parse_args()
     # However this ends, its servers end.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by a signal"))
-    rounds = options.rounds or (2 if options.quick else 20)
+    rounds = options.rounds or (6 if options.quick else 60)
     run = Run("serving", options)
     run.config = {"model": os.path.relpath(options.model, ROOT)}
     with tempfile.TemporaryDirectory(prefix="bench-serving-") as name:
@@ -254,8 +227,7 @@ def measure(
     run: Run, options: argparse.Namespace, targets: list[Target], rounds: int, folder: Path
 ) -> None:
     # Slow to import: while the servers start.
-    from sglang.benchmark import serving  # noqa: F401
-
+    load = Load(options.model, options.input_len, options.output_len)
     for target in progress(targets, "starting servers"):
         target.wait_ready()
     expected = targets[0].greedy()
@@ -265,80 +237,79 @@ def measure(
                 f"gate: {target.name} does not answer as plain SGLang does; nothing was measured"
             )
     backlog = Backlog(targets[-1])
-    dedicated = backlog.dedicated_rate(3 if options.quick else 12)
+    dedicated, busy = backlog.dedicated(3 if options.quick else 12)
     backlog.stop()
     for target in progress(targets, "warm-up"):
-        target.load(options, folder, seed=999, requests=WARM_UP, rate=math.inf)
+        load.run(target.url, WARM_UP, math.inf, seed=-1 % 2**32)
+    results: dict[str, list[list[Timing]]] = {target.name: [] for target in targets}
+    throughput: dict[str, list[float]] = {target.name: [] for target in targets}
+    shares: list[float] = []
 
-    def load(target: Target, seed: int) -> dict[str, Any]:
-        return target.load(options, folder, seed, options.requests, options.rate)
+    def turn(target: Target, requests: int, rate: float, seed: int) -> tuple[list[Timing], float]:
+        """What the client saw, and the seconds it took; the trainer works meanwhile if it is that one's turn."""
+        if target.name == "idle":
+            backlog.start(4000)
+        before, started = backlog.train_seconds, time.monotonic()
+        timings = load.run(target.url, requests, rate, seed)
+        seconds = time.monotonic() - started
+        if target.name == "idle":
+            shares.append((backlog.train_seconds - before) / seconds / busy)
+            backlog.stop()
+        return timings, seconds
 
-    results: dict[str, list[dict[str, Any]]] = {target.name: [] for target in targets}
-    rates: list[float] = []
     order = [
         (r, targets[(i + r) % len(targets)]) for r in range(rounds) for i in range(len(targets))
     ]
     for r, target in progress(order, "measuring"):
-        if target.name == "idle":
-            backlog.start(4000)
-            rate, result = backlog.rate_over(lambda t=target, s=r: load(t, s))
-            rates.append(rate)
-            backlog.stop()
-        else:
-            result = load(target, r)
-        results[target.name].append(result)
-    report(run, results, rates, dedicated, backlog.status()["lease"])
+        results[target.name].append(turn(target, options.requests, options.rate, r)[0])
+    paced = list(shares)
+    for r, target in progress(order[: len(order) // 6], "measuring all at once"):
+        seconds = turn(target, BURST, math.inf, rounds + r)[1]
+        throughput[target.name].append(BURST * options.output_len / seconds)
+    report(run, results, throughput, paced, dedicated, backlog.status()["lease"])
+
+
+def quantile(turns: Sequence[Sequence[float]], q: float) -> float:
+    """Of all requests of the turns."""
+    values = sorted(itertools.chain(*turns))
+    return values[min(len(values) - 1, int(q * len(values)))]
+
+
+def resampled(turns: Sequence[T]) -> list[Sequence[T]]:
+    """The turns as measured, then drawn with replacement 200 times: the same rounds for every server."""
+    draw = random.Random(0)
+    return [turns, *(draw.choices(turns, k=len(turns)) for _ in range(200))]
 
 
 def report(
     run: Run,
-    results: dict[str, list[dict[str, Any]]],
-    rates: list[float],
+    results: dict[str, list[list[Timing]]],
+    throughput: dict[str, list[float]],
+    shares: list[float],
     dedicated: float,
     lease: dict[str, Any],
 ) -> None:
-    def latencies(name: str, what: str) -> list[list[float]]:
-        """Milliseconds of each request, round by round, sorted within one."""
-        if what == "ttft":
-            found = [result["ttfts"] for result in results[name]]
-        else:
-            found = [[statistics.fmean(i) for i in r["itls"] if i] for r in results[name]]
-        return [sorted(seconds * 1e3 for seconds in values) for values in found]
-
-    def quantile(ordered: Sequence[float], q: float) -> float:
-        return ordered[min(len(ordered) - 1, int(q * len(ordered)))]
-
     for what in ("ttft", "tpot"):
-        rounds = {name: latencies(name, what) for name in results}
-        pooled = {name: sorted(itertools.chain(*found)) for name, found in rounds.items()}
+        rounds = {
+            name: [[getattr(timing, what) for timing in turn] for turn in turns]
+            for name, turns in results.items()
+        }
+        n = len(rounds["plain"])
         for label, q in (("p50", 0.5), ("p99", 0.99)):
-            plain = [quantile(values, q) for values in rounds["plain"]]
-            value = quantile(pooled["plain"], q)
-            run.add(Row(f"{what}_{label}_plain", value, "ms", quartiles(plain), len(plain)))
+            base = [quantile(turns, q) for turns in resampled(rounds["plain"])]
+            run.add(Row(f"{what}_{label}_plain", base[0], "ms", quartiles(base), n))
             for name in ("off", "recording", "idle"):
-                # Each round against plain SGLang's measurement of the same round and the same requests. A round is too
-                # short to have a 99th percentile: that one is of all requests of the run, its quartiles the rounds'.
-                ratios = [
-                    quantile(ours, q) / base for ours, base in zip(rounds[name], plain, strict=True)
-                ]
-                ratio = statistics.median(ratios)
-                if label == "p99":
-                    ratio = quantile(pooled[name], q) / value
-                row = Row(f"{what}_{label}_{name}", ratio, "x", quartiles(ratios), len(ratios))
+                ours = [quantile(turns, q) for turns in resampled(rounds[name])]
+                ratios = [mine / its for mine, its in zip(ours, base, strict=True)]
+                row = Row(f"{what}_{label}_{name}", ratios[0], "x", quartiles(ratios), n)
                 row.against, row.less_is_better = "plain SGLang, same run", True
                 row.bar = BARS.get(row.name)
                 run.add(row)
-    for name, found in results.items():
-        values = [result["output_throughput"] for result in found]
-        run.add(
-            Row(
-                f"output_throughput_{name}",
-                statistics.median(values),
-                "tokens/s",
-                quartiles(values),
-                len(values),
-            )
-        )
+    for name, values in throughput.items():
+        value = statistics.median(values)
+        row = Row(f"output_throughput_{name}", value, "tokens/s", quartiles(values), len(values))
+        row.against = f"{BURST} requests at once"
+        run.add(row)
     acks = lease["revocations"]
     for label in ("p50", "p99"):
         value = lease[f"revoke_{label}_ms"]
@@ -356,7 +327,6 @@ def report(
         )
     )
     run.add(Row("train_tokens_dedicated", dedicated, "tokens/s", (dedicated, dedicated), 1))
-    shares = [rate / dedicated for rate in rates]
     run.add(
         Row(
             "train_share_idle",
@@ -364,7 +334,7 @@ def report(
             "x",
             quartiles(shares),
             len(shares),
-            against="dedicated",
+            against="dedicated, by processor time",
         )
     )
 

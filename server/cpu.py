@@ -49,18 +49,24 @@ def _without_pin_memory(function: Any) -> Any:
     return wrapped
 
 
-def lighten_lora(backend: Any) -> None:
-    """After SGLang has described a batch's adapters: make what follows cheap. Changes no result.
+def lighten_lora(original: Any, manager: Any, forward_batch: Any) -> None:
+    """AROUND `LoRAManager.prepare_lora_batch`: describe a batch's adapters so that what follows is cheap. Changes no
+    result.
 
-    Its `torch_native` backend indexes with tensors of one element, in every linear of every layer, and walks all
+    SGLang's `torch_native` backend indexes with tensors of one element, in every linear of every layer, and walks all
     of them even when no request of the batch has an adapter. At decode that is a third of the embedded model's time.
     """
-    info = backend.batch_info
-    if backend.name != "torch_native" or info is None or info.use_cuda_graph:
+    backend = manager.lora_backend
+    if backend.name != "torch_native":
+        original(manager, forward_batch)
         return
-    if not info.has_active_lora:
+    if not any(forward_batch.lora_ids):
         # The layers' own sign for "base path only".
-        backend.batch_info = None
+        manager.reset_lora_batch()
+        return
+    original(manager, forward_batch)
+    info = backend.batch_info
+    if info.use_cuda_graph:
         return
     for name in ("weight_indices_cpu", "seg_lens_cpu", "lora_ranks_cpu"):
         setattr(info, name, getattr(info, name).tolist())

@@ -74,7 +74,8 @@ class Engine:
                 tuple(kv_pool.v_buffer[layer].shape),
                 kv_pool.v_buffer[layer].dtype,
             )
-        self._kv = Arena("kv", specs)
+        # SGLang zeroes its own buffers, so their pages are there; an untouched one would cost a prefill a page fault.
+        self._kv = Arena("kv", specs, populate=True)
         kv_pool.k_buffer = [self._kv.tensors[f"k{layer}"] for layer in range(kv_pool.layer_num)]
         kv_pool.v_buffer = [self._kv.tensors[f"v{layer}"] for layer in range(kv_pool.layer_num)]
         self._kv_handles = (
@@ -218,6 +219,8 @@ class Engine:
         """Called once a loop, before the requests are looked at."""
         if requests:
             self.lease.set_engine_busy(True)
+        if self.recorder is not None:
+            self.recorder.flush()
         if self._scheduler is None:
             self._open_desk(scheduler)
         self.serve_desk()

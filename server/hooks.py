@@ -52,9 +52,6 @@ def scheduler_hooks(engine: Engine) -> list[Hook]:
         engine.note_logprobs(forward_batch, raw, token_ids)
         return token_ids
 
-    def prepare_lora_batch(result: None, manager: Any, forward_batch: Any) -> None:
-        cpu.lighten_lora(manager.lora_backend)
-
     def process_input_requests(original: Any, scheduler: Any, recv_reqs: Any) -> Any:
         engine.on_requests(scheduler, recv_reqs)
         return original(scheduler, recv_reqs)
@@ -87,7 +84,7 @@ def scheduler_hooks(engine: Engine) -> list[Hook]:
         # The logprobs of what was sampled, before temperature and penalties.
         Hook(f"{runner}.sample", "AROUND", sample),
         # Adapters on a machine without a GPU, at a price that small models can pay.
-        Hook(f"{_S}.lora.lora_manager.LoRAManager.prepare_lora_batch", "AFTER", prepare_lora_batch),
+        Hook(f"{_S}.lora.lora_manager.LoRAManager.prepare_lora_batch", "AROUND", cpu.lighten_lora),
         # Once a loop: requests revoke the lease; the row desk is served.
         Hook(f"{scheduler}.process_input_requests", "AROUND", process_input_requests),
         # Nothing left to do: the lease is granted.

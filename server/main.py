@@ -165,6 +165,8 @@ def with_defaults(config: Config, argv: list[str]) -> list[str]:
         flags["--dtype"] = ["float32"]
         flags["--attention-backend"] = ["torch_native"]
         flags["--lora-backend"] = ["torch_native"]
+        # There is nothing to overlap with: a first token would wait for the next forward.
+        flags["--disable-overlap-schedule"] = []
         # Only a limit here: the tokens below are what is taken. A small one fails when others take memory meanwhile.
         flags["--mem-fraction-static"] = ["0.5"]
         flags["--max-total-tokens"] = ["32768"]

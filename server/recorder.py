@@ -1,7 +1,9 @@
 """Records activations of prefill tokens into the activation pool, from hooks on the model's submodules.
 
-Per decoder layer five tensors pass by that the backward pass needs (see `protocol.layout`); each is copied at once,
-because SGLang's fused norms write into their inputs. Decode batches are not recorded: a hook then costs one test.
+Per decoder layer five tensors pass by that the backward pass needs (see `protocol.layout`). Where SGLang's fused
+kernels write into their inputs each is copied at once. Its native operations never do: there the tensors are kept, and
+copied by `flush` when the batch's tokens have been sent, so that no first token waits for it. Decode batches are not
+recorded: a hook then costs one test.
 A token that cannot be recorded is simply computed again by the trainer; nothing here can fail a request.
 """
 
@@ -19,6 +21,10 @@ from alchemist.server.pool import ActivationPool
 logger = logging.getLogger(__name__)
 
 
+DEFER_BYTES = 64 << 20
+"""Most that tensors kept for `flush` may take; the rest of a batch is copied at once."""
+
+
 class Recorder:
     """Fills `pool` during the forward passes of one model runner."""
 
@@ -27,10 +33,12 @@ class Recorder:
         model: SGLang's causal LM; LoRA wrappers, if any, already in place.
         """
         self._pool = pool
-        self._rows: torch.Tensor | None = None
-        self._first: int | None = None
+        self._rows: torch.Tensor | slice | None = None
         self._count = 0
         self.num_recorded = 0
+        self._may_defer = _is_functional(model.model.layers[0])
+        self._kept: list[tuple[torch.Tensor, torch.Tensor | slice, torch.Tensor]] = []
+        self._num_kept_bytes = 0
         q = layout.num_heads * layout.head_dim
         k = layout.num_kv_heads * layout.head_dim
         for index, layer in enumerate(model.model.layers):
@@ -49,6 +57,8 @@ class Recorder:
 
     def begin(self, slots: torch.Tensor) -> None:
         """A prefill forward starts; its token i writes K/V slot `slots[i]`."""
+        # Rows may change hands now.
+        self.flush()
         try:
             rows = self._pool.alloc(slots)
         except Exception:
@@ -57,10 +67,10 @@ class Recorder:
         if rows is None:
             return
         self._count = rows.numel()
-        self._rows = rows
         first = int(rows[0])
         # A run of neighbouring rows is one plain copy, several times faster than a scatter.
-        self._first = first if bool((rows.diff() == 1).all()) else None
+        is_run = bool((rows.diff() == 1).all())
+        self._rows = slice(first, first + self._count) if is_run else rows
         self.num_recorded += self._count
 
     def end(self) -> None:
@@ -72,10 +82,41 @@ class Recorder:
         if rows is None:
             return
         value = value[: self._count]
-        if self._first is not None:
-            column[self._first : self._first + self._count].copy_(value)
+        size = value.numel() * value.element_size()
+        if self._may_defer and self._num_kept_bytes + size <= DEFER_BYTES:
+            self._kept.append((column, rows, value))
+            self._num_kept_bytes += size
         else:
-            column.index_copy_(0, rows, value)
+            _copy(column, rows, value)
+
+    def flush(self) -> None:
+        """Copy what was kept. To be called before anybody is told of the rows, and once a loop of the scheduler.
+
+        A row may have ended since: then its generation has changed, and nobody reads what is copied into it.
+        """
+        for column, rows, value in self._kept:
+            _copy(column, rows, value)
+        self._kept.clear()
+        self._num_kept_bytes = 0
+
+
+def _copy(column: torch.Tensor, rows: torch.Tensor | slice, value: torch.Tensor) -> None:
+    if isinstance(rows, slice):
+        column[rows].copy_(value)
+    else:
+        column.index_copy_(0, rows, value)
+
+
+def _is_functional(layer: torch.nn.Module) -> bool:
+    """Whether none of the layer's operations writes into its input."""
+    attention = layer.self_attn
+    operations = (
+        layer.input_layernorm,
+        layer.post_attention_layernorm,
+        attention.rotary_emb,
+        layer.mlp.act_fn,
+    )
+    return all(o._forward_method == o.forward_native for o in operations)
 
 
 _Write = Callable[[torch.Tensor, torch.Tensor], None]

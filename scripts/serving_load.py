@@ -1,0 +1,89 @@
+"""The load of `bench_serving.py`: the requests of SGLang's own benchmark client, sent a few at a time.
+
+SGLang's command line spends seconds around every run, so it cannot take short turns between servers; it warms up with
+the first prompt, which then is in the radix cache; and its random prompts are runs of consecutive ids, of which a small
+vocabulary has too few: late in a run every third prompt would share a prefix with an earlier one. Its request function
+and its arrival process have none of that.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Timing:
+    """What the client saw of one request, in milliseconds."""
+
+    ttft: float
+    tpot: float
+    """mean of its own inter-token latencies"""
+
+
+class Load:
+    """Requests of one shape: random token ids, so that no prefix is ever shared; greedy, of fixed length."""
+
+    def __init__(self, model: str, input_len: int, output_len: int) -> None:
+        """Args:
+        model: directory with the tokenizer.
+        """
+        # Slow to import.
+        from sglang.benchmark import serving
+        from transformers import AutoTokenizer
+
+        self._serving: Any = serving
+        self._tokenizer = AutoTokenizer.from_pretrained(model)
+        self._input_len, self.output_len = input_len, output_len
+        serving.set_global_args(
+            argparse.Namespace(
+                temperature=0.0,
+                top_p=1.0,
+                disable_ignore_eos=False,
+                disable_stream=False,
+                return_logprob=False,
+                return_routed_experts=False,
+                logprob_start_len=-1,
+                top_logprobs_num=0,
+                token_ids_logprob=None,
+            )
+        )
+
+    def run(self, url: str, requests: int, rate: float, seed: int) -> list[Timing]:
+        """Send `requests` to the server at `url`, `rate` a second, Poisson, and wait for all; the same seed gives the
+        same prompts and arrivals.
+
+        Raises:
+            RuntimeError: a request failed.
+        """
+        return asyncio.run(self._run(url, requests, rate, seed))
+
+    async def _run(self, url: str, requests: int, rate: float, seed: int) -> list[Timing]:
+        np.random.seed(seed)
+        prompts = np.random.randint(10, len(self._tokenizer), (requests, self._input_len)).tolist()
+        tasks = [
+            asyncio.create_task(self._request(url, prompt))
+            async for prompt in self._serving.get_request(prompts, rate)
+        ]
+        return list(await asyncio.gather(*tasks))
+
+    async def _request(self, url: str, prompt: list[int]) -> Timing:
+        done = await self._serving.async_request_sglang_generate(
+            self._serving.RequestFuncInput(
+                prompt=prompt,
+                api_url=f"{url}/generate",
+                prompt_len=self._input_len,
+                output_len=self.output_len,
+                model="",
+                lora_name=None,
+                image_data=None,
+                extra_request_body={},
+            )
+        )
+        if not done.success:
+            raise RuntimeError(f"a request to {url} failed: {done.error}")
+        return Timing(done.ttft * 1e3, sum(done.itl) / max(1, len(done.itl)) * 1e3)
