@@ -28,10 +28,10 @@ from alchemist.trainer.weights import BaseWeights, fused_from_hf
 
 @dataclass(frozen=True, kw_only=True)
 class WorkloadConfig:
-    """Sizes of the model and the batch. The layers are those of Qwen3-1.7B, three of its 28."""
+    """Sizes of the model and the batch. The layers are those of Qwen3-1.7B, five of its 28."""
 
     hidden_size: int = 2048
-    num_layers: int = 3
+    num_layers: int = 5
     num_heads: int = 16
     num_kv_heads: int = 8
     intermediate_size: int = 6144

@@ -26,8 +26,9 @@ from alchemist.server.conversations import Conversations
 from alchemist.server.errors import Conflict
 from alchemist.server.ledger import Ledger
 from alchemist.server.publisher import Publisher, PublishRefused
-from alchemist.server.records import Completion, TrainingItem
+from alchemist.server.records import TrainingItem
 from alchemist.server.run import Run
+from alchemist.server.samples import train_samples
 from alchemist.server.trainer_link import TrainerGone, TrainerLink
 
 if TYPE_CHECKING:
@@ -292,7 +293,11 @@ class Learner:
             step=step,
             parent=parent,
             version=version,
-            samples=[sample for item in items for sample in self._samples(item)],
+            samples=[
+                sample
+                for item in items
+                for sample in train_samples(item, self.config.objective, self._manager.tokenizer)
+            ],
         )
         self._training = True
         try:
@@ -337,48 +342,6 @@ class Learner:
         else:
             # Nobody in particular is at fault: try again later rather than at once.
             await asyncio.sleep(1.0)
-
-    def _samples(self, item: TrainingItem) -> list[messages.TrainSample]:
-        completion = item.completion
-        prompt = messages.pack_ids(completion.prompt_ids)
-        samples: list[messages.TrainSample] = []
-        # A corrected answer is the rejected one of its pair, whatever its vote.
-        label = item.label and (item.correction is None or not item.match)
-        if item.correction is None or self.config.objective != "sft":
-            samples.append(
-                messages.TrainSample(
-                    feedback_id=item.feedback_id,
-                    label=label,
-                    prompt_ids=prompt,
-                    response_ids=messages.pack_ids(completion.response_ids),
-                    version=completion.version,
-                    extra_key=completion.extra_key,
-                    match=item.match,
-                )
-            )
-        if item.correction is not None:
-            samples.append(
-                messages.TrainSample(
-                    feedback_id=item.feedback_id,
-                    label=True,
-                    prompt_ids=prompt,
-                    response_ids=messages.pack_ids(self._tokenize(item.correction, completion)),
-                    version=completion.version,
-                    extra_key=completion.extra_key,
-                    is_correction=True,
-                    match=item.match,
-                )
-            )
-        return samples
-
-    def _tokenize(self, text: str, completion: Completion) -> list[int]:
-        tokenizer = self._manager.tokenizer
-        ids = list(tokenizer.encode(text, add_special_tokens=False))
-        # The corrected answer ends the way the served one did, if that one ended by itself.
-        end = tokenizer.eos_token_id
-        if completion.finish_reason == "stop" and completion.response_ids:
-            end = completion.response_ids[-1]
-        return [*ids, end] if end is not None else ids
 
     async def _publish(self, version: int, path: str, parent: int) -> None:
         if self.live != parent:

@@ -3,7 +3,7 @@
 Per decoder layer five tensors pass by that the backward pass needs (see `protocol.layout`). Where SGLang's fused
 kernels write into their inputs each is copied at once. Its native operations never do: there the tensors are kept, and
 copied by `flush` when the batch's tokens have been sent, so that no first token waits for it. Decode batches are not
-recorded: a hook then costs one test.
+recorded: the modules have no hooks then.
 A token that cannot be recorded is simply computed again by the trainer; nothing here can fail a request.
 """
 
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -19,6 +19,9 @@ from alchemist.protocol.layout import RowLayout
 from alchemist.server.pool import ActivationPool
 
 logger = logging.getLogger(__name__)
+
+_Write = Callable[[torch.Tensor, torch.Tensor], None]
+_Hook = Callable[..., None]
 
 
 DEFER_BYTES = 64 << 20
@@ -33,7 +36,8 @@ class Recorder:
         model: SGLang's causal LM; LoRA wrappers, if any, already in place.
         """
         self._pool = pool
-        self._rows: torch.Tensor | slice | None = None
+        self._taps: list[_Tap] = []
+        self._rows: torch.Tensor | slice = slice(0)
         self._count = 0
         self.num_recorded = 0
         self._may_defer = _is_functional(model.model.layers[0])
@@ -46,14 +50,19 @@ class Recorder:
                 name: pool.data[index].narrow(1, offset, width)
                 for name, (offset, width) in layout.fields.items()
             }
-            write = self._write
-            layer.input_layernorm.register_forward_hook(_residual(write, columns["x"]))
-            layer.post_attention_layernorm.register_forward_hook(_residual(write, columns["mid"]))
-            layer.self_attn.qkv_proj.register_forward_hook(
-                _qkv(write, columns["q"], columns.get("k"), q, k)
-            )
-            layer.self_attn.o_proj.register_forward_pre_hook(_input(write, columns["attn"]))
-            layer.mlp.gate_up_proj.register_forward_hook(_output(write, columns["gate_up"]))
+            write, attention = self._write, layer.self_attn
+            self._taps += [
+                _Tap(layer.input_layernorm._forward_hooks, _residual(write, columns["x"])),
+                _Tap(
+                    layer.post_attention_layernorm._forward_hooks, _residual(write, columns["mid"])
+                ),
+                _Tap(
+                    attention.qkv_proj._forward_hooks,
+                    _qkv(write, columns["q"], columns.get("k"), q, k),
+                ),
+                _Tap(attention.o_proj._forward_pre_hooks, _input(write, columns["attn"])),
+                _Tap(layer.mlp.gate_up_proj._forward_hooks, _output(write, columns["gate_up"])),
+            ]
 
     def begin(self, slots: torch.Tensor) -> None:
         """A prefill forward starts; its token i writes K/V slot `slots[i]`."""
@@ -64,7 +73,7 @@ class Recorder:
         except Exception:
             logger.exception("activation pool: allocation failed; this batch is not recorded")
             rows = None
-        if rows is None:
+        if rows is None or not rows.numel():
             return
         self._count = rows.numel()
         first = int(rows[0])
@@ -72,16 +81,16 @@ class Recorder:
         is_run = bool((rows.diff() == 1).all())
         self._rows = slice(first, first + self._count) if is_run else rows
         self.num_recorded += self._count
+        for tap in self._taps:
+            tap.hooks[id(tap)] = tap.hook
 
     def end(self) -> None:
-        self._rows = None
+        for tap in self._taps:
+            tap.hooks.pop(id(tap), None)
 
     def _write(self, column: torch.Tensor, value: torch.Tensor) -> None:
         """Copy [≥ n, width] activations of this batch's tokens into a column of the pool."""
-        rows = self._rows
-        if rows is None:
-            return
-        value = value[: self._count]
+        rows, value = self._rows, value[: self._count]
         size = value.numel() * value.element_size()
         if self._may_defer and self._num_kept_bytes + size <= DEFER_BYTES:
             self._kept.append((column, rows, value))
@@ -98,6 +107,15 @@ class Recorder:
             _copy(column, rows, value)
         self._kept.clear()
         self._num_kept_bytes = 0
+
+
+class _Tap(NamedTuple):
+    """A hook that is in its module's table only while a batch is recorded: torch calls a module with hooks by a slower
+    way, and a small model's decode step has some twenty of them.
+    """
+
+    hooks: dict[int, _Hook]
+    hook: _Hook
 
 
 def _copy(column: torch.Tensor, rows: torch.Tensor | slice, value: torch.Tensor) -> None:
@@ -117,10 +135,6 @@ def _is_functional(layer: torch.nn.Module) -> bool:
         layer.mlp.act_fn,
     )
     return all(o._forward_method == o.forward_native for o in operations)
-
-
-_Write = Callable[[torch.Tensor, torch.Tensor], None]
-_Hook = Callable[..., None]
 
 
 def _residual(write: _Write, column: torch.Tensor) -> _Hook:
