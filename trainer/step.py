@@ -115,6 +115,24 @@ class ReplayEngine:
                 results[i] = logps
         return results, computed
 
+    def foreign_token(self, prompt_ids: Sequence[int], recorded: Recorded) -> int | None:
+        """Position of the first token whose row is another token's: what enters the first layer is the token's
+        embedding, so the rows carry their own checksum. None: every row is its token's, or has ended meanwhile, which
+        the step will notice by itself.
+        """
+        assert self.view is not None
+        (where,) = torch.nonzero(recorded.rows >= 0, as_tuple=True)
+        rows = recorded.rows[where]
+        expected = self._weights.embed[torch.tensor(prompt_ids)[where].to(self._device)]
+        found = torch.empty_like(expected)
+        self.view.fetch(0, "x", rows, found)
+        try:
+            self.view.check(rows, recorded.gens[where])
+        except RowsRevoked:
+            return None
+        (bad,) = torch.nonzero((found != expected).any(dim=-1), as_tuple=True)
+        return int(where[bad[0]]) if bad.numel() else None
+
     def replay(self, phases: Phases) -> Replay:
         return Replay(self._weights, self.view, self.gate, phases)
 

@@ -157,26 +157,24 @@ class Worker:
         waited_before = self.gate.waited_s
         self.gate()
         masters, optimizer = self._state_of(request.parent)
-        good, failed = self._sort_out(request.samples)
-        if not good:
-            return messages.StepFailed(
-                step=request.step, reason="no sample can be trained", failed=failed
-            )
+        failed = self._unfit(request.samples)
+        good = _without(request.samples, failed)
         versions = [self._differentiate_at(sample, request.parent) for sample in good]
         ticket, recorded = self._check_out(good, versions)
-        groups = [
-            VersionGroup(
-                self._as_served(version),
-                [
-                    _sample(sample, rows)
-                    for sample, rows, of in zip(good, recorded, versions, strict=True)
-                    if of == version
-                ],
-            )
-            for version in sorted(set(versions))
-        ]
-        checked_out = time.perf_counter()
         try:
+            failed |= self._foreign(good, recorded)
+            fit = {id(sample) for sample in _without(good, failed)}
+            members: dict[int, list[Sample]] = {}
+            for sample, rows, version in zip(good, recorded, versions, strict=True):
+                if id(sample) in fit:
+                    members.setdefault(version, []).append(_sample(sample, rows))
+            good = [sample for sample in good if id(sample) in fit]
+            if not good:
+                return messages.StepFailed(
+                    step=request.step, reason="no sample can be trained", failed=failed
+                )
+            groups = [VersionGroup(self._as_served(v), members[v]) for v in sorted(members)]
+            checked_out = time.perf_counter()
             result = self.engine.step_gradients(groups, self.objective)
         finally:
             if ticket is not None and self.desk is not None:
@@ -192,7 +190,9 @@ class Worker:
             "grad_norm": grad_norm,
             **result.metrics,
             "num_samples": float(len(good)),
-            "num_stale": float(sum(s.version != v for s, v in zip(good, versions, strict=True))),
+            "num_stale": float(
+                sum(self._differentiate_at(s, request.parent) != s.version for s in good)
+            ),
             "tokens_reference": float(result.tokens_reference),
             "rows_revoked": float(result.rows_revoked),
             "check_out_s": checked_out - started,
@@ -249,24 +249,31 @@ class Worker:
         is_near = 0 <= parent - sample.version <= self.settings.max_staleness
         return sample.version if is_near and self.store.exists(sample.version) else parent
 
-    def _sort_out(
-        self, samples: Sequence[messages.TrainSample]
-    ) -> tuple[list[messages.TrainSample], dict[str, str]]:
-        good: list[messages.TrainSample] = []
+    def _unfit(self, samples: Sequence[messages.TrainSample]) -> dict[str, str]:
+        """Samples that cannot be trained: feedback id → why."""
         failed: dict[str, str] = {}
         for sample in samples:
             try:
                 self._check_sample(sample)
-                good.append(sample)
             except SampleError as error:
                 failed[sample.feedback_id] = str(error)
-        lost = {sample.match for sample in samples if sample.feedback_id in failed} - {""}
-        for sample in good:
-            if sample.match in lost:
-                failed.setdefault(
-                    sample.feedback_id, "the other answer of its pair cannot be trained"
+        return failed
+
+    def _foreign(
+        self, samples: Sequence[messages.TrainSample], recorded: Sequence[Recorded | None]
+    ) -> dict[str, str]:
+        """Samples whose recorded rows are not those of their tokens: feedback id → why."""
+        failed: dict[str, str] = {}
+        for sample, rows in zip(samples, recorded, strict=True):
+            if rows is None:
+                continue
+            token = self.engine.foreign_token(messages.unpack_ids(sample.prompt_ids), rows)
+            if token is not None:
+                failed[sample.feedback_id] = (
+                    f"the activations recorded for token {token} of its prompt are not that token's"
                 )
-        return [sample for sample in good if sample.feedback_id not in failed], failed
+                logger.error("feedback %s: %s", sample.feedback_id, failed[sample.feedback_id])
+        return failed
 
     def _check_sample(self, sample: messages.TrainSample) -> None:
         prompt, response = (
@@ -308,6 +315,17 @@ class Worker:
         ids = ids[:PROBE_TOKENS]
         logprobs = self.engine.score([(ids[:1], ids[1:])], served)[0]
         return ids, [float(value) for value in logprobs]
+
+
+def _without(
+    samples: Sequence[messages.TrainSample], failed: dict[str, str]
+) -> list[messages.TrainSample]:
+    """The samples that have not failed; one whose pair has lost its other answer fails with it."""
+    lost = {sample.match for sample in samples if sample.feedback_id in failed} - {""}
+    for sample in samples:
+        if sample.match in lost:
+            failed.setdefault(sample.feedback_id, "the other answer of its pair cannot be trained")
+    return [sample for sample in samples if sample.feedback_id not in failed]
 
 
 def _sample(sample: messages.TrainSample, recorded: Recorded | None) -> Sample:

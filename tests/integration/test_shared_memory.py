@@ -98,3 +98,26 @@ def test_the_weights_take_memory_once(server, pids):
         except AssertionError:
             continue
     assert 0.9 * size <= total <= 1.02 * size
+
+
+def test_rows_that_are_not_their_tokens_fail_the_vote_and_nothing_else(server, pids):
+    """Recorded activations damaged where they lie: that vote says so, and training goes on."""
+    spoiled = server.vote(server.chat("What is 3 + 4? Answer me nicely.")["id"], "up")["id"]
+    rows = mapping(pids[0], "rows")
+    # Of the first layer, rows that were written so far: the first ones.
+    length = 64 << 20
+    with open(f"/proc/{pids[0]}/mem", "r+b", buffering=0) as memory:
+        old = os.pread(memory.fileno(), length, rows["start"])
+        os.pwrite(memory.fileno(), SIXTEEN * (length // 4), rows["start"])
+        try:
+            server.flush()
+        finally:
+            os.pwrite(memory.fileno(), old, rows["start"])
+    found = server.http.get(f"/v1/feedback/{spoiled}").json()
+    assert found["state"] == "failed"
+    assert (
+        "the activations recorded for token 0 of its prompt are not that token's" in found["reason"]
+    )
+    good = server.vote(server.chat("What is 5 + 4?")["id"], "up")["id"]
+    server.flush()
+    assert server.http.get(f"/v1/feedback/{good}").json()["state"] == "trained"

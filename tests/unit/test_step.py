@@ -302,3 +302,23 @@ def test_one_sgd_step_equals_transformers_and_peft(name):
 def test_bad_values_are_refused(bad):
     with pytest.raises(ValueError, match=r"is|empty"):
         bad()
+
+
+def test_rows_of_other_tokens_are_found(model):
+    """The first damaged row is named; one that has ended meanwhile is the step's affair, not damage."""
+    engine = engine_of(model)
+    recorder = Recorder(engine.shape, torch.float64)
+    engine.view = recorder.view
+    adapter = random_adapter(engine.shape, torch.float64, 2)
+    (sample,) = recorded(recorder, model, adapter, make_samples(1, shared=9), share=0.7)
+    assert engine.foreign_token(sample.prompt_ids, sample.recorded) is None
+    held = torch.nonzero(sample.recorded.rows >= 0).flatten()
+    assert 2 < held.numel() < len(sample.prompt_ids)
+    other = [*sample.prompt_ids]
+    other[held[1]] = (other[held[1]] + 1) % VOCAB
+    assert engine.foreign_token(other, sample.recorded) == held[1]
+    row = sample.recorded.rows[held[2]]
+    recorder.pool[0][row, 0] += 1
+    assert engine.foreign_token(sample.prompt_ids, sample.recorded) == held[2]
+    recorder.row_gen[row] += 1
+    assert engine.foreign_token(sample.prompt_ids, sample.recorded) is None
