@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from live import ROOT, Server, wait_for
+from live import BOOT_S, ROOT, Server, wait_for
 from remains import query
 from stream import Stream
 
@@ -389,3 +389,14 @@ def test_a_data_directory_that_fills_up_refuses_votes_and_chat_goes_on(running):
     ids = {v[0] for v in query(running.data_dir, "SELECT id FROM feedback WHERE state='trained'")}
     assert stored.json()["id"] in ids
     assert status["trained"] == len(ids)
+
+
+def test_activation_memory_for_less_than_a_row_ends_the_launch(tmp_path):
+    """How large a row is, only the loaded model says."""
+    server = Server(tmp_path / "data", "--activation-memory", "100b", wait=False)
+    assert server.process.wait(BOOT_S) == 1
+    said = server.log.read_text()
+    assert re.search(
+        r"--activation-memory 100 bytes holds no row; one token .* takes \d+ bytes", said
+    )
+    assert server.children() == []
