@@ -129,7 +129,7 @@ def our_step(engine, samples, adapter, objective):
 
 
 def make_samples():
-    """Three prompts of different lengths, two of which begin alike; two answers each, one up, one down."""
+    """Three prompts of different lengths, two of which begin alike; of each an answer up and one down."""
     generator = torch.Generator().manual_seed(7)
 
     def ids(n):
@@ -149,18 +149,17 @@ def make_samples():
 
 
 def recorded(engine, model, samples, adapter):
-    """All of some prompts, half of others, nothing of the rest."""
+    """All of the first prompt for one of its answers only, nothing of the second, half of the third."""
     recorder = Recorder(engine.shape, torch.float32)
     engine.view = recorder.view
-    generator = torch.Generator().manual_seed(8)
-    masks = [
-        torch.rand(len(s.prompt_ids), generator=generator) < share
-        for s, share in zip(samples, [1.0, 0.0, 0.5, 0.0, 0.5, 1.0], strict=True)
-    ]
-    return [
-        dataclasses.replace(s, recorded=recorder.record(model, adapter, s.prompt_ids, mask))
-        for s, mask in zip(samples, masks, strict=True)
-    ]
+    half = torch.rand(len(samples[4].prompt_ids), generator=torch.Generator().manual_seed(8)) < 0.5
+    assert half.any()
+    assert not half.all()
+    masks = {0: torch.ones(len(samples[0].prompt_ids), dtype=torch.bool), 4: half}
+    rows = {
+        i: recorder.record(model, adapter, samples[i].prompt_ids, mask) for i, mask in masks.items()
+    }
+    return [dataclasses.replace(s, recorded=rows.get(i)) for i, s in enumerate(samples)]
 
 
 def norm(update):
@@ -209,8 +208,11 @@ STEPS = {
 }
 
 
-@pytest.mark.parametrize("family", ["qwen3", "llama", "qwen2"])
-@pytest.mark.parametrize("step", STEPS)
+CASES = [(step, "qwen3") for step in STEPS]
+CASES += [(step, family) for step in ("sft", "kto", "dpo") for family in ("llama", "qwen2")]
+
+
+@pytest.mark.parametrize(("step", "family"), CASES)
 def test_the_adapter_after_a_step_is_trls(step, family, tmp_path):
     objective, options = STEPS[step]
     model, samples = random_model(family), make_samples()
