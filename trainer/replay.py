@@ -117,6 +117,8 @@ class Replay:
                 x = out = mid + down
                 if gradient:
                     kept.append(_keep(values, num_kept, batch if last else None))
+                # Released before the next layer computes its own.
+                del mid, down, values
             hidden = self._head_hidden(batch, out, adapter)
             return self._log_probabilities(batch, hidden, kept, gradient)
 
@@ -142,10 +144,7 @@ class Replay:
         tables = shape.cos_sin(batch.positions[: batch.num_differentiated], self._w.dtype)
         for index in range(num_layers - 1, -1, -1):
             self._gate()
-            last = index == num_layers - 1
-            queries = batch.heads[: batch.num_loss_heads] if last else None
-            recorded = self._recorded(batch, index, state.kept, queries)
-            x = recorded.x.requires_grad_(index > 0)
+            layer_plan = batch.last_backward_plan() if index == num_layers - 1 else plan
             leaves = {
                 name: tensor.detach().requires_grad_()
                 for name, tensor in _layer_weights(adapter, index).items()
@@ -153,39 +152,54 @@ class Replay:
             lora = LayerLora.of(
                 LoraAdapter(adapter.config, leaves), index, shape, b_is_zero=b_is_zero
             )
-            layer_plan = batch.last_backward_plan() if last else plan
-
-            def attend(
-                q: Tensor,
-                k: Tensor,
-                v: Tensor,
-                layer_plan: list[PathBlock] = layer_plan,
-                recorded: LayerValues = recorded,
-            ) -> Tensor:
-                return path_attention(
-                    q, k, v, layer_plan, recorded=recorded.attn.unflatten(-1, q.shape[1:])
-                )
-
-            with torch.enable_grad():
-                mid, down, _ = decoder_layer(
-                    x,
-                    self._w.layers[index],
-                    shape,
-                    lora,
-                    tables,
-                    attend,
-                    queries=queries,
-                    recorded=recorded,
-                )
-            inputs = [*leaves.values(), *([x] if index else [])]
-            outputs = [t for t in (mid, down) if t.requires_grad]
-            found = torch.autograd.grad(outputs, inputs, [d_out] * len(outputs), allow_unused=True)
-            for name, grad in zip(leaves, found, strict=False):
+            found, d_out = self._layer_backward(
+                batch, index, state.kept, lora, list(leaves.values()), tables, layer_plan, d_out
+            )
+            for name, grad in zip(leaves, found, strict=True):
                 if grad is not None:
                     grads[name].add_(grad)
-            if index:
-                (d_out,) = found[len(leaves) :]
-                assert d_out is not None
+
+    def _layer_backward(
+        self,
+        batch: TokenBatch,
+        index: int,
+        kept: list[LayerValues],
+        lora: LayerLora,
+        leaves: list[Tensor],
+        tables: tuple[Tensor, Tensor],
+        plan: list[PathBlock],
+        d_out: Tensor,
+    ) -> tuple[Sequence[Tensor | None], Tensor]:
+        """Gradients of `leaves` and of the layer's input (of the first layer: `d_out` again).
+
+        A function of its own, so that the layer's values are released before the next one's are fetched.
+        """
+        last = index == self._shape.num_layers - 1
+        queries = batch.heads[: batch.num_loss_heads] if last else None
+        recorded = self._recorded(batch, index, kept, queries)
+        x = recorded.x.requires_grad_(index > 0)
+
+        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return path_attention(q, k, v, plan, recorded=recorded.attn.unflatten(-1, q.shape[1:]))
+
+        with torch.enable_grad():
+            mid, down, _ = decoder_layer(
+                x,
+                self._w.layers[index],
+                self._shape,
+                lora,
+                tables,
+                attend,
+                queries=queries,
+                recorded=recorded,
+            )
+        inputs = [*leaves, *([x] if index else [])]
+        outputs = [t for t in (mid, down) if t.requires_grad]
+        found = torch.autograd.grad(outputs, inputs, [d_out] * len(outputs), allow_unused=True)
+        if index:
+            d_out = found[-1]
+            assert d_out is not None
+        return found[: len(leaves)], d_out
 
     def _attend(self, batch: TokenBatch, layer: int, last: bool) -> Callable[..., Tensor]:
         plan = batch.last_forward_plan if last else batch.forward_plan
