@@ -170,7 +170,7 @@ class Ours:
 def trl_settings(name: str, batch: int, checkpointing: bool, accumulate: int = 1) -> dict[str, Any]:
     """TRL's settings, the fastest that give the same step: float32, SDPA attention, one device batch where completions
     are of one length and else several that are sorted by it, no gradient checkpointing (except in the memory row that
-    asks for it), no precomputed reference (each completion is trained on once).
+    asks for it), no precomputed reference (each completion is trained on once). See also `_score_responses_only`.
     """
     settings = {
         "per_device_train_batch_size": batch,
@@ -210,6 +210,7 @@ def trl_step(
 
     groups = [samples[i : i + device_batch] for i in range(0, len(samples), device_batch)]
     settings = trl_settings(name, device_batch, checkpointing, len(groups))
+    _score_responses_only()
     prompts = [list(s.prompt_ids) for s in samples]
     responses = [list(s.response_ids) for s in samples]
     if name == "sft":
@@ -267,6 +268,15 @@ def trl_step(
         return {key: p.grad for key, p in parameters.items() if p.grad is not None}
 
     return step
+
+
+def _score_responses_only() -> None:
+    """Let TRL's LM head skip the prompt, as it does on a GPU. On a CPU it would score every position, because it takes
+    every other device for one whose compiler cannot have shapes that change; the loss and the gradient are the same.
+    """
+    import trl.trainer.utils
+
+    trl.trainer.utils._use_triton = lambda device: True
 
 
 def _tokenizer() -> Any:
