@@ -121,7 +121,9 @@ class Run:
         """Print the table and write the JSON."""
         table = Table(title=f"{self.bench} · {machine()}", title_justify="left")
         for column in ("row", "value", "quartiles", "n", "against", "bar"):
-            table.add_column(column, justify="left" if column in ("row", "against") else "right")
+            table.add_column(
+                column, justify="left" if column in ("row", "against") else "right", overflow="fold"
+            )
         for row in self.rows:
             mark = {True: " ✓", False: " ✗", None: ""}[row.ok]
             bar = (

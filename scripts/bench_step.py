@@ -1,56 +1,35 @@
 """One training step: with reuse, without reuse, and with TRL + PEFT, on the same completions, float32.
 
-    python scripts/bench_step.py [--quick] [--only NAME,…] [--json FILE|-]
+    python scripts/bench_step.py [--quick] [--only NAME,…] [--lengths FILE] [--json FILE|-]
 
 The gate comes first: the adapter's gradient of every variant must agree with the recompute's (TRL's with ours, from the
 same loss), else no number is printed. Variants are interleaved in rotated order. Time is of loss and gradient, without
-the optimizer's update, which is the same for all. Peak memory is measured in a fresh process per variant, above what
-was resident before the step; the base model and the recorded rows belong to the server and are not counted.
+the optimizer's update, which is the same for all. Memory: see `step_memory.py`. `kto_real_lengths_vs_trl` needs a file
+of labelled conversations and is left out without one: see `step_lengths.py`.
 """
 
 from __future__ import annotations
 
 import argparse
-import ctypes
 import dataclasses
-import gc
 import json
 import statistics
-import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+import step_lengths
+import step_memory
 import torch
 from bench_common import Row, Run, interleave, progress, quartiles, speed_up
 from step_gemms import backward_products
-from step_workload import (
-    Ours,
-    WorkloadConfig,
-    as_pairs,
-    build_model,
-    make_samples,
-    trl_settings,
-    trl_step,
-)
-from torch import Tensor
+from step_memory import Peaks
+from step_variants import LAYERS, SMALL, TOLERANCE, Variants, gate
+from step_workload import WorkloadConfig
 
 from alchemist.server import cpu
-from alchemist.trainer.step import Objective, StepGradients
 
-OBJECTIVES = {
-    "sft": Objective(name="sft"),
-    "kto": Objective(name="kto", reference="base"),
-    "served": Objective(name="kto", reference="served"),
-    "dpo": Objective(name="dpo", reference="base"),
-}
-
-LAYERS = WorkloadConfig()
-SMALL = WorkloadConfig(
-    hidden_size=512, num_layers=2, num_heads=8, num_kv_heads=4, intermediate_size=1536
-)
 WORKLOADS = {
     "1024_64": LAYERS,
     "4096_64": dataclasses.replace(LAYERS, prompt=4096, batch=1),
@@ -84,77 +63,32 @@ PEAKS = {
     "sft_peak_vs_trl_ckpt": ("sft trl checkpointing", "sft recorded", 1.0),
 }
 GEMM_ROW = "backward_gemm_fraction"
-PEAK_BATCH, QUICK_PEAK_BATCH = 8, 2
+LENGTHS_ROW = "kto_real_lengths_vs_trl"
+LENGTHS_GROUP = 4
+"""Conversations in a device batch, sorted by length: TRL pads a batch to its longest. Ours gets the same batches."""
 
 
-class Variants:
-    """Makes each variant's step when it is first asked for; one model for all of ours."""
+class Sizes(NamedTuple):
+    """What `--quick` makes smaller."""
 
-    def __init__(self, config: WorkloadConfig) -> None:
-        self.config = config
-        self._ours: Ours | None = None
-        samples = make_samples(config)
-        self._votes = samples
-        self._ups = [dataclasses.replace(s, label=True) for s in samples]
-        self._pairs = as_pairs(samples)
-        self._recorded: list[Any] | None = None
-
-    def make(self, name: str) -> Callable[[], dict[str, Tensor]]:
-        objective_name, kind = name.split(" ", 1)
-        objective = OBJECTIVES[objective_name]
-        samples = {"sft": self._ups, "dpo": self._pairs}.get(objective_name, self._votes)
-        if kind.startswith("trl"):
-            # PEFT changes the model it is given: every TRL variant has its own.
-            model = build_model(self.config)
-            adapter = Ours.of(model, self.config).adapter
-            return trl_step(
-                model, samples, adapter, objective.name, checkpointing="checkpointing" in kind
-            )
-        ours = self._ours = self._ours or Ours.of(build_model(self.config), self.config)
-        if kind == "recorded":
-            if self._recorded is None:
-                self._recorded = ours.record(self._votes)
-            # By prompt: the second answer of a pair has the first one's.
-            recorded = {tuple(r.prompt_ids): r.recorded for r in self._recorded}
-            samples = [
-                dataclasses.replace(s, recorded=recorded[tuple(s.prompt_ids)]) for s in samples
-            ]
-        return lambda: ours.step(samples, objective).grads
-
-    def recorded_step(self) -> Callable[[], StepGradients]:
-        """One `sft recorded` step with its phases' seconds."""
-        self.make("sft recorded")
-        ours, samples = self._ours, self._recorded
-        assert ours is not None
-        assert samples is not None
-        samples = [dataclasses.replace(s, label=True) for s in samples]
-        return lambda: ours.step(samples, OBJECTIVES["sft"])
+    repeats: int
+    peak_batch: int
+    """completions whose memory is compared"""
+    most: int
+    """completions, at most, that are tried in the memory that TRL takes for `peak_batch`"""
+    conversations: int
 
 
-def gate(steps: dict[str, Callable[[], dict[str, Tensor]]]) -> None:
-    """Gradients of one objective agree across its variants. Relative to the gradient's norm; float32 sums of about
-    1e5 terms in different orders differ by some 1e-5.
-    """
-    first: dict[str, tuple[str, dict[str, Tensor]]] = {}
-    for name, step in steps.items():
-        objective = name.split()[0]
-        grads = {k: g.clone() for k, g in step().items()}
-        reference_name, reference = first.setdefault(objective, (name, grads))
-        error = sum(float((grads[k] - reference[k]).norm() ** 2) for k in reference) ** 0.5
-        norm = sum(float(g.norm() ** 2) for g in reference.values()) ** 0.5
-        if not error <= 1e-4 * norm:
-            raise SystemExit(
-                f"gate: the gradients of {name} and {reference_name} differ by {error / norm:.1e}"
-            )
+SIZES = {False: Sizes(5, 8, 32, 16), True: Sizes(2, 2, 4, 8)}
 
 
 def gemm_fraction(run: Run, config: WorkloadConfig, quick: bool) -> dict[str, float]:
     """How much of the backward phase is what its bare matrix products take; adds the row, returns the phases."""
-    step, products = Variants(config).recorded_step(), backward_products(config)
+    step, products = Variants(config).make_ours("sft recorded"), backward_products(config)
     fractions, phases = [], []
     step()
-    for _ in progress(range(2 if quick else 5), "backward_gemm_fraction"):
-        phases.append(step().seconds)
+    for _ in progress(range(SIZES[quick].repeats), GEMM_ROW):
+        phases.append(step()[0].seconds)
         started = time.perf_counter()
         for product in products:
             product()
@@ -171,35 +105,6 @@ def gemm_fraction(run: Run, config: WorkloadConfig, quick: bool) -> dict[str, fl
         )
     )
     return {name: statistics.median(p[name] for p in phases) for name in phases[0]}
-
-
-def peak_bytes(name: str, quick: bool) -> int:
-    """Peak resident bytes of one step above what was resident before it, in a fresh process."""
-    command = [sys.executable, __file__, "--peak-of", name, *(["--quick"] if quick else [])]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=1200)
-    if done.returncode:
-        raise SystemExit(f"{name}: the process measuring its memory failed\n{done.stderr[-2000:]}")
-    return int(json.loads(done.stdout.splitlines()[-1])["peak_bytes"])
-
-
-def measure_peak(name: str, config: WorkloadConfig) -> int:
-    """Run one warm-up on a single completion, then one step, and read the high-water mark."""
-    step = Variants(config).make(name)
-    Variants(dataclasses.replace(config, batch=1, prompt=32, response=4)).make(name)()
-    gc.collect()
-    # Give freed memory back, or the step would reuse it unseen.
-    ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")
-    before = _status("VmRSS")
-    step()
-    return _status("VmHWM") - before
-
-
-def _status(field: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field):
-            return int(line.split()[1]) << 10
-    raise RuntimeError(f"/proc/self/status has no {field}")
 
 
 def sized(config: WorkloadConfig, quick: bool) -> WorkloadConfig:
@@ -219,73 +124,103 @@ def sized(config: WorkloadConfig, quick: bool) -> WorkloadConfig:
 
 
 def measure(
-    run: Run, rows: dict[str, RowSpec], config: WorkloadConfig, quick: bool
-) -> dict[str, float]:
-    """Gate, then time the variants that `rows` name, and add the rows; median seconds by variant."""
+    run: Run, workload: str, rows: dict[str, RowSpec], variants: Variants, repeats: int
+) -> None:
+    """Gate, then time the variants that `rows` name, and add the rows and what the configuration says of them."""
     names = sorted({variant for row in rows.values() for variant in (row.baseline, row.ours)})
-    variants = Variants(config)
     # A variant's first step, in the gate, is its warm-up.
     steps = {name: variants.make(name) for name in names}
-    gate(steps)
-    seconds = interleave(steps, 2 if quick else 5, rows[next(iter(rows))].workload, warm_up=0)
+    gated = dict(steps)
+    for objective in {name.split()[0] for name in names}:
+        # Something of every objective to compare with.
+        if f"{objective} recompute" not in gated:
+            gated[f"{objective} recompute"] = variants.make(f"{objective} recompute")
+    errors = gate(dict(sorted(gated.items())))
+    seconds = interleave(steps, repeats, workload, warm_up=0)
     for name, row in rows.items():
         against = f"{row.baseline}, {statistics.median(seconds[row.baseline]):.2f} s a step"
         run.add(
             speed_up(name, seconds[row.baseline], seconds[row.ours], against=against, bar=row.bar)
         )
-    return {name: statistics.median(values) for name, values in seconds.items()}
+    for name in names:
+        run.config["seconds"][f"{workload} {name}"] = round(statistics.median(seconds[name]), 4)
+        if " trl" in name:
+            run.config["trl"][f"{workload} {name}"] = variants.settings(name)
+    run.config["gate"]["errors"] |= {f"{workload} {name}": e for name, e in errors.items()}
+
+
+def measure_lengths(run: Run, path: Path, quick: bool) -> None:
+    """KTO at the lengths of real conversations, whose prompts a real server has answered."""
+    served = step_lengths.serve(path, SIZES[quick].conversations)
+    run.config["lengths"] = {"file": path.name, **served.as_json()}
+    variants = Variants(
+        SMALL, served.samples, num_recorded=served.num_recorded, group=LENGTHS_GROUP
+    )
+    row = RowSpec("lengths", "kto trl", "kto recorded", None)
+    measure(run, "lengths", {LENGTHS_ROW: row}, variants, SIZES[quick].repeats)
+
+
+def measure_memory(run: Run, peaks: Peaks, config: WorkloadConfig, quick: bool) -> None:
+    sizes = SIZES[quick]
+    for name, (baseline, ours, bar) in PEAKS.items():
+        if run.wants(name):
+            theirs = peaks.of(baseline, sizes.peak_batch)
+            value = peaks.of(ours, sizes.peak_batch) / theirs
+            against = f"{baseline}, {theirs / 2**20:.0f} MiB"
+            run.add(Row(name, value, "x", (value, value), 1, against, bar, less_is_better=True))
+    if run.wants(step_memory.ROW):
+        run.config["same_memory"] = step_memory.same_memory(
+            run, peaks, config, budget_batch=sizes.peak_batch, most=sizes.most
+        )
+    run.config["peak_bytes"] = peaks.as_json()
+    for name, batch in peaks.measured:
+        if " trl" in name:
+            settings = Variants(dataclasses.replace(config, batch=batch)).settings(name)
+            run.config["trl"][f"memory {name}, batch {batch}"] = settings
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     Run.add_arguments(parser)
+    parser.add_argument(
+        "--lengths", type=Path, metavar="FILE", help=f"labelled conversations, for {LENGTHS_ROW}"
+    )
     parser.add_argument("--peak-of", help=argparse.SUPPRESS)
+    parser.add_argument("--peak-batch", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
     cpu.prepare()
-    peak_config = dataclasses.replace(
-        sized(LAYERS, options.quick), batch=QUICK_PEAK_BATCH if options.quick else PEAK_BATCH
-    )
+    quick, lengths = options.quick, options.lengths
     if options.peak_of:
-        peak = measure_peak(options.peak_of, peak_config)
-        print(json.dumps({"peak_bytes": peak}))
+        config = dataclasses.replace(sized(LAYERS, quick), batch=options.peak_batch)
+        print(json.dumps(step_memory.measure(options.peak_of, config)))
         return
-    del options.peak_of
+    # The result names the file's conversations, not where it lies.
+    del options.peak_of, options.peak_batch, options.lengths
     run = Run("step", options)
-    known = [*ROWS, GEMM_ROW, *PEAKS]
+    known = [*ROWS, LENGTHS_ROW, GEMM_ROW, *PEAKS, step_memory.ROW]
     if unknown := sorted(set((options.only or known[0]).split(",")) - set(known)):
         parser.error(f"--only: no row {', '.join(unknown)}; rows are {', '.join(known)}")
+    run.config = {
+        "workloads": {n: dataclasses.asdict(sized(w, quick)) for n, w in WORKLOADS.items()},
+        "threads": torch.get_num_threads(),
+        "gate": {"tolerance": TOLERANCE, "errors": {}},
+        "seconds": {},
+        "trl": {},
+    }
 
-    seconds: dict[str, float] = {}
     for workload, config in WORKLOADS.items():
         wanted = {n: r for n, r in ROWS.items() if r.workload == workload and run.wants(n)}
         if wanted:
-            found = measure(run, wanted, sized(config, options.quick), options.quick)
-            seconds |= {f"{workload} {name}": round(s, 4) for name, s in found.items()}
-
-    phases: dict[str, float] = {}
+            measure(run, workload, wanted, Variants(sized(config, quick)), SIZES[quick].repeats)
+    if run.wants(LENGTHS_ROW):
+        if lengths:
+            measure_lengths(run, lengths, quick)
+        else:
+            print(f"{LENGTHS_ROW}: left out, it needs --lengths FILE", file=sys.stderr)
     if run.wants(GEMM_ROW):
-        phases = gemm_fraction(run, sized(LAYERS, options.quick), options.quick)
-
-    peaks: dict[str, int] = {}
-    for name, (baseline, ours, bar) in PEAKS.items():
-        if not run.wants(name):
-            continue
-        for variant in (baseline, ours):
-            if variant not in peaks:
-                peaks[variant] = peak_bytes(variant, options.quick)
-        value = peaks[ours] / peaks[baseline]
-        against = f"{baseline}, {peaks[baseline] / 2**20:.0f} MiB"
-        run.add(Row(name, value, "x", (value, value), 1, against, bar, less_is_better=True))
-
-    run.config = {
-        "workloads": {n: dataclasses.asdict(sized(w, options.quick)) for n, w in WORKLOADS.items()},
-        "threads": torch.get_num_threads(),
-        "seconds": seconds,
-        "sft_recorded_phases": phases,
-        "peak_bytes": peaks,
-        "peak_batch": peak_config.batch,
-        "trl": {name: trl_settings(name, LAYERS.batch, False) for name in ("sft", "kto")},
-    }
+        run.config["sft_recorded_phases"] = gemm_fraction(run, sized(LAYERS, quick), quick)
+    command = [sys.executable, __file__, *(["--quick"] if quick else [])]
+    measure_memory(run, Peaks(command), sized(LAYERS, quick), quick)
     run.finish()
 
 

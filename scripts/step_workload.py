@@ -1,4 +1,4 @@
-"""What `bench_step.py` times: one model, one batch of completions, and the ways to train on it.
+"""What the step benchmarks time: one model, one batch of completions, and the ways to train on it.
 
 The same base weights, adapter and token ids go to every variant. "recorded": the prompts' rows are in a pool, as
 serving leaves them (filled here by the engine's own forward). "recompute": the same engine without rows. "trl": TRL's
@@ -47,25 +47,30 @@ class WorkloadConfig:
     rank: int = 16
 
 
+def model_config(config: WorkloadConfig) -> Any:
+    """The transformers configuration of `build_model`."""
+    import transformers
+
+    return transformers.Qwen3Config(
+        vocab_size=config.vocab_size,
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
+        num_hidden_layers=config.num_layers,
+        num_attention_heads=config.num_heads,
+        num_key_value_heads=config.num_kv_heads,
+        head_dim=config.hidden_size // config.num_heads,
+        max_position_embeddings=16384,
+        tie_word_embeddings=False,
+        attn_implementation="sdpa",
+    )
+
+
 def build_model(config: WorkloadConfig) -> Any:
     """A random Qwen3-shaped transformers model, float32."""
     import transformers
 
     torch.manual_seed(0)
-    return transformers.Qwen3ForCausalLM(
-        transformers.Qwen3Config(
-            vocab_size=config.vocab_size,
-            hidden_size=config.hidden_size,
-            intermediate_size=config.intermediate_size,
-            num_hidden_layers=config.num_layers,
-            num_attention_heads=config.num_heads,
-            num_key_value_heads=config.num_kv_heads,
-            head_dim=config.hidden_size // config.num_heads,
-            max_position_embeddings=8192,
-            tie_word_embeddings=False,
-            attn_implementation="sdpa",
-        )
-    ).eval()
+    return transformers.Qwen3ForCausalLM(model_config(config)).eval()
 
 
 def make_samples(config: WorkloadConfig) -> list[Sample]:
@@ -110,16 +115,21 @@ class Ours:
     def __init__(self, weights: BaseWeights, config: WorkloadConfig) -> None:
         self.weights, self.shape = weights, weights.shape
         self.adapter = make_adapter(self.shape, config)
-        # Split as the server would by default.
-        self.engine = ReplayEngine(weights, self.shape, max_tokens=Config().train_max_tokens)
+        self.engine = ReplayEngine(weights, self.shape)
 
     @classmethod
     def of(cls, model: Any, config: WorkloadConfig) -> Ours:
         shape = ModelShape.from_config(model.config)
         return cls(BaseWeights(fused_from_hf(model), shape), config)
 
-    def record(self, samples: Sequence[Sample]) -> list[Sample]:
-        """The samples with their prompts' rows in a fresh pool, row i = token i of the batch."""
+    def record(
+        self, samples: Sequence[Sample], num_recorded: Sequence[int] | None = None
+    ) -> list[Sample]:
+        """The samples with their prompts' rows in a fresh pool, row i = token i of the batch.
+
+        Args:
+            num_recorded: how many of each prompt's tokens have a row, from the first on; default: all.
+        """
         shape, layout = self.shape, self.shape.row_layout(self.weights.dtype)
         total = sum(len(s.prompt_ids) for s in samples)
         kv = (total, shape.num_kv_heads, shape.head_dim)
@@ -128,8 +138,9 @@ class Ours:
         v = [torch.zeros(kv) for _ in range(shape.num_layers)]
         gens = torch.ones(total, dtype=torch.int64)
         replay = self.engine.replay(Phases(torch.device("cpu")))
+        counts = num_recorded or [len(s.prompt_ids) for s in samples]
         taken, start = [], 0
-        for sample in samples:
+        for sample, count in zip(samples, counts, strict=True):
             n = len(sample.prompt_ids)
             batch = TokenBatch([(sample.prompt_ids, [0])], [], [None], torch.device("cpu"))
             kept = replay.forward(batch, self.adapter, gradient=True).kept
@@ -141,23 +152,29 @@ class Ours:
                     pool[layer][end - value.shape[0] : end, column : column + width] = value
                 k[layer][start : start + n] = values.keys
                 v[layer][start : start + n] = values.values
-            rows = torch.arange(start, start + n)
-            taken.append(dataclasses.replace(sample, recorded=Recorded(rows, rows, gens[rows])))
+            slots = torch.arange(start, start + n)
+            rows = torch.where(slots < start + count, slots, -1)
+            taken.append(dataclasses.replace(sample, recorded=Recorded(rows, slots, gens[slots])))
             start += n
         self.engine.view = ActivationView(layout, pool, k, v, gens)
         return taken
 
-    def step(self, samples: Sequence[Sample], objective: Objective) -> StepGradients:
+    def step(
+        self, samples: Sequence[Sample], objective: Objective, max_tokens: int | None = None
+    ) -> StepGradients:
+        """One step; `max_tokens`: where it is split, by default as the server would."""
+        self.engine.max_tokens = max_tokens or Config().train_max_tokens
         return self.engine.gradients(samples, self.adapter, objective)
 
 
-def trl_settings(name: str, batch: int, checkpointing: bool) -> dict[str, Any]:
-    """TRL's settings, the fastest that give the same step: float32, SDPA attention, one device batch, no padding, no
-    gradient checkpointing (except in the memory row that asks for it), no precomputed reference (each completion is
-    trained on once).
+def trl_settings(name: str, batch: int, checkpointing: bool, accumulate: int = 1) -> dict[str, Any]:
+    """TRL's settings, the fastest that give the same step: float32, SDPA attention, one device batch where completions
+    are of one length and else several that are sorted by it, no gradient checkpointing (except in the memory row that
+    asks for it), no precomputed reference (each completion is trained on once). See also `_score_responses_only`.
     """
     settings = {
         "per_device_train_batch_size": batch,
+        "gradient_accumulation_steps": accumulate,
         "gradient_checkpointing": checkpointing,
         "bf16": False,
         "use_cpu": True,
@@ -181,14 +198,19 @@ def trl_step(
     adapter: LoraAdapter,
     name: str,
     *,
+    device_batch: int,
     checkpointing: bool = False,
 ) -> Callable[[], dict[str, Tensor]]:
-    """A function that runs TRL's own `training_step` and returns the adapter's gradient by PEFT name."""
+    """A function that runs TRL's own `training_step`, once for each device batch, and returns the adapter's gradient by
+    PEFT name.
+    """
     import trl
     from datasets import Dataset
     from peft import LoraConfig as PeftConfig
 
-    settings = trl_settings(name, len(samples), checkpointing)
+    groups = [samples[i : i + device_batch] for i in range(0, len(samples), device_batch)]
+    settings = trl_settings(name, device_batch, checkpointing, len(groups))
+    _score_responses_only()
     prompts = [list(s.prompt_ids) for s in samples]
     responses = [list(s.response_ids) for s in samples]
     if name == "sft":
@@ -201,7 +223,10 @@ def trl_step(
         columns = {
             "prompt_ids": prompts,
             "completion_ids": responses,
-            "KL_completion_ids": [responses[-1], *responses[:-1]],
+            # As TRL makes them: rotated within the device batch.
+            "KL_completion_ids": [
+                list(group[i - 1].response_ids) for group in groups for i in range(len(group))
+            ],
             "label": [s.label for s in samples],
         }
         base, arguments_class = trl.KTOTrainer, trl.KTOConfig
@@ -230,18 +255,28 @@ def trl_step(
     }
     for key, parameter in parameters.items():
         parameter.data.copy_(adapter.weights[key])
-    batch = next(iter(trainer.get_train_dataloader()))
+    batches = list(trainer.get_train_dataloader())
     # What the loop around `training_step` does before the first step.
-    trainer.current_gradient_accumulation_steps = 1
+    trainer.current_gradient_accumulation_steps = len(batches)
     if checkpointing:
         trainer.model.gradient_checkpointing_enable({"use_reentrant": False})
 
     def step() -> dict[str, Tensor]:
         trainer.model.zero_grad(set_to_none=True)
-        trainer.training_step(trainer.model, dict(batch))
+        for batch in batches:
+            trainer.training_step(trainer.model, dict(batch))
         return {key: p.grad for key, p in parameters.items() if p.grad is not None}
 
     return step
+
+
+def _score_responses_only() -> None:
+    """Let TRL's LM head skip the prompt, as it does on a GPU. On a CPU it would score every position, because it takes
+    every other device for one whose compiler cannot have shapes that change; the loss and the gradient are the same.
+    """
+    import trl.trainer.utils
+
+    trl.trainer.utils._use_triton = lambda device: True
 
 
 def _tokenizer() -> Any:
