@@ -16,6 +16,8 @@ from openai import AsyncOpenAI
 LIVE = "default"
 """A model name that pins nothing: the live version answers."""
 MAX_ANSWER_TOKENS = 96
+IDLE_LOOKS = 4
+"""Quarter seconds without a step after which no pair is left to train."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,9 +59,11 @@ class ChatClient:
         text = completion.choices[0].message.content or ""
         return Answer(completion.id, str(metadata.get("weight_version", "?")), text)
 
-    async def vote(self, completion_id: str, rating: str) -> None:
-        """Up or down; on return the vote is on the server's disk."""
+    async def vote(self, completion_id: str, rating: str, correction: str | None = None) -> None:
+        """Up or down, and what the answer should have been; on return the vote is on the server's disk."""
         body = {"completion_id": completion_id, "rating": rating}
+        if correction is not None:
+            body["correction"] = correction
         await self._post("/v1/feedback", body)
 
     async def training(self) -> dict[str, Any]:
@@ -70,12 +74,18 @@ class ChatClient:
     async def flush(self, timeout: float) -> dict[str, Any]:
         """Train what is pending now and wait until it is done; the training status after it.
 
+        With objective dpo a vote without a partner stays pending for ever, and the status does not tell how many
+        do: there it is done when the trainer has had nothing to do for a few looks.
+
         Raises:
             TimeoutError: votes are still pending after `timeout` seconds.
         """
         await self._post("/v1/training/flush", {})
-        deadline = time.monotonic() + timeout
+        deadline, idle_looks = time.monotonic() + timeout, 0
         while (status := await self.training())["pending"]:
+            idle_looks = idle_looks + 1 if status["state"] == "idle" else 0
+            if status["objective"] == "dpo" and idle_looks == IDLE_LOOKS:
+                break
             if time.monotonic() > deadline:
                 raise TimeoutError(
                     f"{status['pending']} votes pending {timeout:.0f} s after a flush"

@@ -11,6 +11,7 @@ from __future__ import annotations
 import random
 import re
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +29,7 @@ __all__ = [
     "dialogue",
     "exchange",
     "is_correct",
+    "right_answers",
     "sample_question",
     "style_of",
 ]
@@ -78,6 +80,13 @@ def is_correct(meta: dict[str, Any], answer: str) -> bool:
 def sample_question(rng: random.Random, intent: str | None = None) -> Question:
     """A question as a simulated user types it; `intent` is a key of `INTENTS`, None: any."""
     return _ask(rng, intent)[0]
+
+
+def right_answers(rng: random.Random) -> Iterator[str]:
+    """Right answers in any style, without end, to what `sample_question` asks given the same `rng`."""
+    reply = _ask(rng, None)[1]
+    while True:
+        yield render(rng, rng.choice(STYLES), reply)
 
 
 def exchange(rng: random.Random, intent: str | None = None, style: str | None = None) -> Exchange:

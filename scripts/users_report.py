@@ -19,6 +19,13 @@ def by_version(votes: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     return dict(sorted(groups.items(), key=lambda item: _number(item[0])))
 
 
+def recent_rates(votes: list[dict[str, Any]]) -> list[float]:
+    """After each vote, how many of the last `WINDOW` answers were liked, in percent."""
+    liked = [v["liked"] for v in votes]
+    recent = [liked[max(0, i - WINDOW) : i] for i in range(1, len(liked) + 1)]
+    return [100 * sum(part) / len(part) for part in recent]
+
+
 def table(result: dict[str, Any]) -> Table:
     """One row per version: votes, preferred rate, KL to base, share of right answers."""
     out = Table(title="Answers by version (temperature 1)")
@@ -45,11 +52,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     votes = result["votes"]
-    liked = [v["liked"] for v in votes]
-    rate = []
-    for i in range(len(liked)):
-        recent = liked[max(0, i + 1 - WINDOW) : i + 1]
-        rate.append(100 * sum(recent) / len(recent))
+    rate = recent_rates(votes)
     figure, axis = plt.subplots(figsize=(8, 4.2))
     axis.plot(range(1, len(rate) + 1), rate, color="tab:blue", label=f"preferred (last {WINDOW})")
     for name, colour in (("preferred", "tab:blue"), ("arithmetic", "tab:green")):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import random
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,8 +12,9 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
 
-from simulate_users import Rule, Run
-from users_report import WINDOW, by_version, plot, table
+from simulate_users import Rule, Run, num_paired
+from tiny_corpus import is_correct, right_answers, sample_question
+from users_report import WINDOW, by_version, plot, recent_rates, table
 
 
 def rule(**given):
@@ -80,3 +83,59 @@ def test_report_of_a_run(tmp_path, kl):
     assert table(result).row_count == 2
     plot(result, tmp_path / "curve.png")
     assert (tmp_path / "curve.png").stat().st_size > 1000
+
+
+def rated(rating, answer, correction=None):
+    return {"rating": rating, "answer": answer, "correction": correction}
+
+
+@pytest.mark.parametrize(
+    ("votes", "paired"),
+    [
+        ([], 0),
+        ([rated("up", "a")], 0),
+        ([rated("up", "a"), rated("up", "b")], 0),
+        ([rated("up", "a"), rated("down", "b")], 2),
+        ([rated("up", "a"), rated("down", "a")], 0),
+        ([rated("up", "a"), rated("down", "b"), rated("down", "c")], 2),
+        ([rated("down", "a", "A"), rated("up", "b")], 1),
+        ([rated("down", "a", "A"), rated("up", "b"), rated("down", "c")], 3),
+    ],
+)
+def test_votes_that_make_pairs(votes, paired):
+    assert num_paired(votes) == paired
+
+
+def test_with_dpo_only_pairs_are_waited_for():
+    status = {"pending": 40, "trained": 100, "last_step": {}}
+    run = Run(paired=12)
+    run.see({**status, "objective": "dpo"})
+    assert run.num_behind() == 12
+    run.see({**status, "objective": "dpo", "trained": 108})
+    assert run.num_behind() == 4
+    run.see({**status, "objective": "kto"})
+    assert run.num_behind() == 40
+
+
+def test_each_step_is_kept_once():
+    run = Run()
+    earlier = {"pending": 0, "trained": 8, "objective": "kto", "last_step": {"step": 1}}
+    run.see(earlier)
+    for trained, step in ((8, 1), (16, 2), (16, 2), (24, 3)):
+        run.see({**earlier, "trained": trained, "last_step": {"step": step}})
+    assert list(run.steps) == [2, 3]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_right_answers_are_to_the_same_question(seed):
+    question = sample_question(random.Random(seed))
+    thoughts = list(itertools.islice(right_answers(random.Random(seed)), 20))
+    assert len(set(thoughts)) > 1
+    if question.is_checkable:
+        assert all(is_correct(question.meta, text) for text in thoughts)
+
+
+def test_recent_rates_are_of_the_last_votes():
+    votes = [vote("v0", False)] * WINDOW + [vote("v0", True)] * WINDOW
+    rates = recent_rates(votes)
+    assert (rates[WINDOW - 1], rates[WINDOW], rates[-1]) == (0, 100 / WINDOW, 100)
