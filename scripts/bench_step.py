@@ -79,7 +79,7 @@ class Sizes(NamedTuple):
     conversations: int
 
 
-SIZES = {False: Sizes(5, 8, 32, 16), True: Sizes(2, 2, 4, 8)}
+SIZES = {False: Sizes(5, 8, 32, 16), True: Sizes(2, 2, 4, 4)}
 
 
 def gemm_fraction(run: Run, config: WorkloadConfig, quick: bool) -> dict[str, float]:
@@ -108,10 +108,10 @@ def gemm_fraction(run: Run, config: WorkloadConfig, quick: bool) -> dict[str, fl
 
 
 def sized(config: WorkloadConfig, quick: bool) -> WorkloadConfig:
-    """The workload, with a model of a sixth of the work and at most eight completions when quick."""
+    """The workload, with a model of a tenth of the work and at most four completions when quick."""
     if not quick:
         return config
-    small = min(config.hidden_size, 1024)
+    small = min(config.hidden_size, 768)
     return dataclasses.replace(
         config,
         hidden_size=small,
@@ -119,7 +119,7 @@ def sized(config: WorkloadConfig, quick: bool) -> WorkloadConfig:
         num_kv_heads=max(1, small // 256),
         intermediate_size=3 * small,
         num_layers=2,
-        batch=min(config.batch, 8),
+        batch=min(config.batch, 4),
     )
 
 
@@ -170,7 +170,7 @@ def measure_memory(run: Run, peaks: Peaks, config: WorkloadConfig, quick: bool) 
             run.add(Row(name, value, "x", (value, value), 1, against, bar, less_is_better=True))
     if run.wants(step_memory.ROW):
         run.config["same_memory"] = step_memory.same_memory(
-            run, peaks, config, budget_batch=sizes.peak_batch, most=sizes.most
+            run, peaks, config, budget_batch=sizes.peak_batch, most=sizes.most, quick=quick
         )
     run.config["peak_bytes"] = peaks.as_json()
     for name, batch in peaks.measured:

@@ -122,25 +122,27 @@ class Fit(NamedTuple):
 
 
 def same_memory(
-    run: Run, peaks: Peaks, config: WorkloadConfig, *, budget_batch: int, most: int
+    run: Run,
+    peaks: Peaks,
+    config: WorkloadConfig,
+    *,
+    budget_batch: int,
+    most: int,
+    quick: bool,
 ) -> dict[str, Any]:
     """Trainable tokens of one step in the memory that TRL takes for `budget_batch` completions: add the row, return the
-    fits and what else is worth knowing.
+    fits and what else is worth knowing; when `quick`, only what the row needs.
 
     Bytes grow linearly with tokens until our step is split; from there on they hardly grow. So the row is what was
     really run: `most` completions if those stay within the budget, else the fit's prediction or, if that was too much,
     less.
     """
     tokens = config.prompt + config.response
-    theirs = Fit.of(
-        peaks, THEIRS, sorted({max(1, budget_batch // 4), budget_batch // 2, budget_batch}), tokens
-    )
     budget = peaks.of(THEIRS, budget_batch)
     # So few are not split.
     ours = Fit.of(peaks, OURS, range(1, max(3, budget_batch // 2)), tokens)
     predicted = min(most, int(ours.tokens_within(budget) // tokens))
     split = _most_within(peaks, OURS, budget, [most, *_down_from(predicted)])
-    whole = _most_within(peaks, UNSPLIT, budget, _down_from(predicted))
     bound = ", a lower bound: no more was tried" if split == most else ""
     against = (
         f"{THEIRS}, {budget_batch * tokens} tokens as one device batch in {budget / 2**20:.0f} MiB; "
@@ -150,18 +152,23 @@ def same_memory(
     shape = ModelShape.from_config(model_config(config))
     row_bytes = shape.row_layout(torch.float32).width * torch.float32.itemsize * shape.num_layers
     counted = _with_rows(peaks, ours, budget, split, tokens, config.prompt * row_bytes)
-    return {
+    found: dict[str, Any] = {
         "budget_bytes": budget,
         "budget_is": f"{THEIRS} at {budget_batch} completions of {tokens} tokens",
-        "bytes": {THEIRS: theirs._asdict(), OURS: ours._asdict()},
+        "bytes": {OURS: ours._asdict()},
         "completions": split,
-        "completions_in_one_device_batch": whole,
         "rows_counted": {
             "bytes_per_prompt_token": row_bytes,
             "completions": counted,
             "x": counted / budget_batch,
         },
     }
+    if not quick:
+        batches = (budget_batch // 4, budget_batch // 2, budget_batch)
+        found["bytes"][THEIRS] = Fit.of(peaks, THEIRS, batches, tokens)._asdict()
+        whole = _most_within(peaks, UNSPLIT, budget, _down_from(predicted))
+        found["completions_in_one_device_batch"] = whole
+    return found
 
 
 def _down_from(count: int) -> list[int]:
