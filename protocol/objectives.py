@@ -40,9 +40,11 @@ def load_function(name: str) -> Callable[..., Any]:
     try:
         module, _, attribute = name.partition(":")
         function = operator.attrgetter(attribute)(importlib.import_module(module))
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"objective {name}: {error}") from None
     except Exception as error:
         # The module is the user's: importing it may raise anything.
-        raise ValueError(f"objective {name}: {type(error).__name__}: {error}") from None
+        raise ValueError(f"objective {name}: {type(error).__name__}: {error}") from error
     if not callable(function):
         raise ValueError(f"objective {name}: not a function")
     found: Callable[..., Any] = function
