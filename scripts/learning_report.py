@@ -23,10 +23,11 @@ def compare(
     units: of the metrics, in the order of the columns.
     """
     out = Table(title="What votes taught", title_justify="left")
-    out.add_column("scenario")
-    out.add_column("variant")
+    # Numbers may fold in a narrow terminal, names would be cut.
+    out.add_column("scenario", no_wrap=True)
+    out.add_column("variant", no_wrap=True)
     for metric, unit in units.items():
-        out.add_column(f"{metric.replace('_', ' ')}, {unit}", justify="right")
+        out.add_column(f"{metric.replace('_', ' ')}, {unit}", justify="right", overflow="fold")
     last = ""
     for (scenario, variant), found in values.items():
         if last and scenario != last:
@@ -58,8 +59,16 @@ def plot_curves(results: Results, path: Path) -> None:
             if runs:
                 curves = [recent_rates(result["votes"]) for result in runs]
                 rate = [statistics.mean(at) for at in zip(*curves, strict=False)]
-                axis.plot(range(1, len(rate) + 1), rate, color=colours[variant], label=variant)
+                # A share of the first few votes says nothing.
+                first = min(WINDOW, len(rate))
+                axis.plot(
+                    range(first, len(rate) + 1),
+                    rate[first - 1 :],
+                    color=colours[variant],
+                    label=variant,
+                )
                 axis.plot(len(rate) + 3, _preferred(runs), "o", color=colours[variant])
+                axis.plot(0, 100 * runs[0]["before"]["preferred"], "o", color="0.6")
         axis.set(
             title=scenario, xlabel="votes", ylabel=f"preferred, % of last {WINDOW}", ylim=(0, 103)
         )

@@ -44,6 +44,8 @@ KL_ANSWERS_AFTER = 64
 """Answers of the evaluation after the last step whose KL to the base is measured."""
 CORRECTION_TRIES = 50
 """Wordings a user thinks of before giving up on a correction that keeps the rule."""
+DRAW_BLOCK = 20
+"""Votes of which `--noise` and `--corrections` take their share: multiples of a twentieth."""
 WAIT_SECONDS = 120
 """How long votes may stay pending before the run gives up."""
 
@@ -167,11 +169,10 @@ async def one_user(client: ChatClient, rule: Rule, args: argparse.Namespace, run
         votes = []
         for again in range(args.answers):
             answer = await client.ask(question.text, args.temperature)
-            # Of its own, so that the questions are the same whatever the noise.
-            chance = random.Random(f"user {seed + again}")
-            vote = _opinion(rule, args, question, answer, chance)
-            is_meant = vote["rating"] == "down" and not vote["liked"]
-            if is_meant and chance.random() < args.corrections:
+            is_mistake = is_drawn(args.noise, f"noise {args.seed}", index + again)
+            vote = _opinion(rule, question, answer, is_mistake)
+            is_written = is_drawn(args.corrections, f"corrections {args.seed}", index + again)
+            if is_written and not vote["liked"] and not is_mistake:
                 vote["correction"] = _correction(seed, rule)
             await client.vote(answer.completion_id, vote["rating"], vote["correction"])
             votes.append(vote)
@@ -180,16 +181,23 @@ async def one_user(client: ChatClient, rule: Rule, args: argparse.Namespace, run
         run.paired += num_paired(votes)
 
 
-def _opinion(
-    rule: Rule, args: argparse.Namespace, question: Question, answer: Answer, chance: random.Random
-) -> dict[str, Any]:
+def is_drawn(share: float, seed: str, index: int) -> bool:
+    """Whether that vote is one of the share: equally many of every `DRAW_BLOCK`, so that luck does not make runs of
+    a few hundred votes differ.
+    """
+    block, place = divmod(index, DRAW_BLOCK)
+    order = random.Random(f"{seed} {block}").sample(range(DRAW_BLOCK), DRAW_BLOCK)
+    return order[place] < round(share * DRAW_BLOCK)
+
+
+def _opinion(rule: Rule, question: Question, answer: Answer, is_mistake: bool) -> dict[str, Any]:
     """An entry of `Run.votes`."""
     liked = rule.likes(answer.text)
     right = is_correct(question.meta, answer.text) if question.is_checkable else None
     return {
         "version": answer.version,
         "liked": liked,
-        "rating": "up" if liked != (chance.random() < args.noise) else "down",
+        "rating": "up" if liked != is_mistake else "down",
         "correction": None,
         "arithmetic": right if question.intent in ARITHMETIC else None,
         "other": None if question.intent in ARITHMETIC else right,

@@ -12,7 +12,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
 
-from simulate_users import Rule, Run, num_paired
+from simulate_users import DRAW_BLOCK, Rule, Run, is_drawn, num_paired
 from tiny_corpus import is_correct, right_answers, sample_question
 from users_report import WINDOW, by_version, plot, recent_rates, table
 
@@ -139,3 +139,11 @@ def test_recent_rates_are_of_the_last_votes():
     votes = [vote("v0", False)] * WINDOW + [vote("v0", True)] * WINDOW
     rates = recent_rates(votes)
     assert (rates[WINDOW - 1], rates[WINDOW], rates[-1]) == (0, 100 / WINDOW, 100)
+
+
+@pytest.mark.parametrize("share", [0, 0.1, 0.3, 1])
+def test_every_block_of_votes_has_its_share_of_mistakes(share):
+    drawn = [is_drawn(share, "noise 0", i) for i in range(10 * DRAW_BLOCK)]
+    blocks = [drawn[i : i + DRAW_BLOCK] for i in range(0, len(drawn), DRAW_BLOCK)]
+    assert [sum(block) for block in blocks] == [share * DRAW_BLOCK] * 10
+    assert share in (0, 1) or len(set(map(tuple, blocks))) > 1
