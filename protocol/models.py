@@ -14,6 +14,15 @@ SUPPORTED_ARCHITECTURES = (
 
 ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3")
 
+# Rope constants that only one of SGLang and transformers reads, and the values that change nothing: with others the
+# keys in the KV pool would not be the trainer's.
+_ROPE_NEUTRAL: dict[str, tuple[float | None, ...]] = {
+    "attention_factor": (None,),
+    "attn_factor": (None, 1),
+    "extrapolation_factor": (None, 1),
+    "alpha": (None,),
+}
+
 
 class UnsupportedModelError(ValueError):
     """The model is not one whose gradient we compute; the message names what about it, and what is supported."""
@@ -49,6 +58,8 @@ def require_supported(config: Any) -> None:
     rope = config.rope_parameters
     _require(name, "rope_type", rope["rope_type"], ROPE_TYPES)
     _require(name, "partial_rotary_factor", rope.get("partial_rotary_factor", 1.0), (1.0,))
+    for field, neutral in _ROPE_NEUTRAL.items():
+        _require(name, f"rope's {field}", rope.get(field), neutral)
 
 
 def _require(name: str, field: str, value: Any, allowed: tuple[Any, ...]) -> None:

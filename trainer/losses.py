@@ -9,8 +9,9 @@ Names and definitions as in TRL's `KTOTrainer`, `DPOTrainer` and `SFTTrainer`; r
           ipo           (Δ' − 1/2β)²                     Δ' of the log-ratios' means over tokens
     sft                 −mean of the response tokens' log-probabilities
 
-ε is the label smoothing. Sources: KTO, arXiv 2402.01306; APO, arXiv 2408.06266; DPO, arXiv 2305.18290, its section
-on noisy labels; robust DPO, arXiv 2403.00409; IPO, arXiv 2310.12036.
+ε is the label smoothing. TRL's `sigmoid` ignores it (1.16; its `robust` does not): ours is conservative DPO. Sources:
+KTO, arXiv 2402.01306; APO, arXiv 2408.06266; DPO, arXiv 2305.18290, its section on noisy labels; robust DPO, arXiv
+2403.00409; IPO, arXiv 2310.12036.
 """
 
 from __future__ import annotations
