@@ -191,12 +191,12 @@ def main() -> None:
     parser.add_argument(
         "--requests", type=int, default=4, help="requests per round and server (default: 4)"
     )
-    parser.add_argument("--rounds", type=int, default=0, help="rounds (default: 60; quick: 4)")
+    parser.add_argument("--rounds", type=int, default=0, help="rounds (default: 60; quick: 2)")
     Run.add_arguments(parser)
     options = parser.parse_args()
     # However this ends, its servers end.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by a signal"))
-    rounds = options.rounds or (4 if options.quick else 60)
+    rounds = options.rounds or (2 if options.quick else 60)
     run = Run("serving", options)
     run.config = {"model": os.path.relpath(options.model, ROOT)}
     with tempfile.TemporaryDirectory(prefix="bench-serving-") as name:
