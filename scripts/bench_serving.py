@@ -263,7 +263,8 @@ def measure(
     for r, target in progress(order, "measuring"):
         results[target.name].append(turn(target, options.requests, options.rate, r)[0])
     paced = list(shares)
-    for r, target in progress(order[: len(order) // 6], "measuring all at once"):
+    bursts = order[: max(len(targets), len(order) // 6)]
+    for r, target in progress(bursts, "measuring all at once"):
         seconds = turn(target, BURST, math.inf, rounds + r)[1]
         throughput[target.name].append(BURST * options.output_len / seconds)
     report(run, results, throughput, paced, dedicated, backlog.status()["lease"])
