@@ -14,23 +14,37 @@
     80      trainer      latencies_ns[]    ring of the last `RING` revoke → acknowledge times
     ...     trainer      layer_max_ns      longest stretch between two gates
     ...     trainer      num_missed        revocations that were over before the trainer's next gate
+    ...     trainer      num_layers        gates passed: how far training has come
+    ...     trainer      metered_ns        time it has run while requests were in flight
+    ...     front        share_ppm         millionths of the time requests are in flight that the trainer may have
     ...     any          sem_t             process-shared, posted when the device becomes free
 
-The lease is granted exactly when both busy words are zero. Every word has one writer, so there is nothing to lock: a
-dead trainer holds nothing, and a trainer that outlives its server finds out by `alive`. Times are CLOCK_MONOTONIC,
+The lease is granted exactly when both busy words are zero. Otherwise the trainer has the allowance of `allowance.py`,
+from the share that the policy has set: 0 under `idle`, a constant under `share`, what the controller of
+`server/slo.py` says under `slo`, all of the time under `none`. Every word has one writer, so there is nothing to lock:
+a dead trainer holds nothing (once its process is gone, the front resets `waiting` and `state` for it), and a trainer
+that outlives its server finds out by `alive`. States and their tables are in `states.py`. Times are CLOCK_MONOTONIC,
 which all processes of a machine share. Words are aligned 8-byte stores.
 """
 
 from __future__ import annotations
 
 import ctypes
-import enum
 import os
 import time
 from collections.abc import Callable
 
 from alchemist.protocol import shm
+from alchemist.protocol.allowance import Allowance
 from alchemist.protocol.errors import PeerProtocolError
+from alchemist.protocol.states import (
+    LEASE,
+    TRAINER,
+    LeaseEvent,
+    LeaseState,
+    TrainerEvent,
+    TrainerState,
+)
 
 RING = 4096
 _MAGIC = 0x414C4348_4C454153
@@ -56,17 +70,11 @@ class _Block(ctypes.Structure):
         ("latencies_ns", ctypes.c_uint64 * RING),
         ("layer_max_ns", ctypes.c_uint64),
         ("num_missed", ctypes.c_uint64),
+        ("num_layers", ctypes.c_uint64),
+        ("metered_ns", ctypes.c_uint64),
+        ("share_ppm", ctypes.c_uint64),
         ("semaphore", ctypes.c_uint64 * 8),
     )
-
-
-class TrainerState(enum.IntEnum):
-    """What the trainer is doing, as seen by everybody."""
-
-    DETACHED = 0
-    IDLE = 1
-    RUNNING = 2
-    YIELDED = 3
 
 
 class Lease:
@@ -126,6 +134,14 @@ class Lease:
             block.engine_busy = 0
             self._wake()
 
+    def set_share(self, share: float) -> None:
+        """HTTP process only: the share, 0 to 1, of the time requests are in flight that the trainer may have."""
+        self._block.share_ppm = round(share * 1e6)
+
+    @property
+    def share(self) -> float:
+        return float(self._block.share_ppm / 1e6)
+
     def _wake(self) -> None:
         if self._block.waiting:
             _libc.sem_post(self._semaphore)
@@ -133,7 +149,7 @@ class Lease:
     def reset_trainer(self) -> None:
         """Forget a trainer that has died, so that a new one starts from a clean block."""
         self._block.waiting = 0
-        self._block.state = TrainerState.DETACHED
+        self.advance(TrainerEvent.DIED)
 
     def latencies_ms(self) -> list[float]:
         """Revoke → acknowledge times of the last `RING` revocations that met a working trainer, in ms, unordered."""
@@ -156,10 +172,25 @@ class Lease:
         """Longest stretch between two gates of a working trainer, in ms: the bound of a revocation."""
         return float(self._block.layer_max_ns / 1e6)
 
+    @property
+    def num_layers(self) -> int:
+        """Gates the trainers of this run have passed."""
+        return int(self._block.num_layers)
+
+    @property
+    def metered_s(self) -> float:
+        """Seconds the trainers of this run have worked while requests were in flight."""
+        return float(self._block.metered_ns / 1e9)
+
     # the trainer's side
 
-    def set_state(self, state: TrainerState) -> None:
-        self._block.state = state
+    def advance(self, event: TrainerEvent) -> None:
+        """Move the trainer's state.
+
+        Raises:
+            LocalProtocolError: the event is not allowed in this state, which stays as it is.
+        """
+        self._block.state = TRAINER.step(self.state, event)
 
     def wait(self, timeout: float) -> bool:
         """Sleep until granted, at most `timeout` seconds; whether it is granted."""
@@ -203,12 +234,17 @@ class Lease:
     def note_missed(self) -> None:
         self._block.num_missed += 1
 
-    def note_stretch(self, ns: int) -> None:
-        self._block.layer_max_ns = max(self._block.layer_max_ns, ns)
+    def note_layer(self, ns: int) -> None:
+        block = self._block
+        block.layer_max_ns = max(block.layer_max_ns, ns)
+        block.num_layers += 1
+
+    def note_metered(self, ns: int) -> None:
+        self._block.metered_ns += ns
 
 
 class Gate:
-    """Called by the trainer at every layer boundary: returns at once while granted, else acknowledges and sleeps."""
+    """Called by the trainer at every layer boundary: returns at once while it may run, else acknowledges and sleeps."""
 
     def __init__(self, lease: Lease, alive: Callable[[], bool]) -> None:
         """Args:
@@ -216,6 +252,8 @@ class Gate:
         """
         self._lease = lease
         self._alive = alive
+        self._allowance = Allowance()
+        self.state = LEASE.initial
         self.waited_s = 0.0
         self.start()
 
@@ -227,21 +265,55 @@ class Gate:
     def __call__(self) -> None:
         lease = self._lease
         now = time.monotonic_ns()
+        lease.note_layer(now - self._last_ns)
         if lease.is_granted:
-            lease.note_stretch(now - self._last_ns)
             if lease.epoch != self._epoch:
                 lease.note_missed()
+            if self.state is not LeaseState.GRANTED:
+                self._advance(LeaseEvent.FREED)
             self.start()
-            return
-        since = lease._revoked_since_ns()
-        # Only a revocation that came while we were working has a latency.
-        if since > self._last_ns:
-            lease.acknowledge(now - since)
-        lease.note_stretch(now - self._last_ns)
-        lease.set_state(TrainerState.YIELDED)
-        while not lease.wait(timeout=0.5):
+        elif self._may_go_on(now):
+            self.start()
+        else:
+            lease.advance(TrainerEvent.REVOKED)
+            self._sleep()
+            lease.advance(TrainerEvent.GRANTED)
+            self.start()
+            self.waited_s += (self._last_ns - now) / 1e9
+
+    def _may_go_on(self, now: int) -> bool:
+        """Requests are in flight: whether there is allowance left. If not, the revocation is acknowledged."""
+        lease = self._lease
+        since, share = lease._revoked_since_ns(), lease.share
+        # One that came before we began to work, or after a sleep, has no latency.
+        is_running = self.state is LeaseState.METERED or since > self._last_ns
+        if self.state is LeaseState.GRANTED:
+            self._advance(LeaseEvent.REQUESTED)
+        ran_ns = now - max(self._last_ns, since)
+        beyond_s = self._allowance.ran(ran_ns / 1e9, share)
+        lease.note_metered(ran_ns)
+        if not self._allowance.is_spent(share):
+            return True
+        self._advance(LeaseEvent.SPENT)
+        if is_running:
+            lease.acknowledge(round(beyond_s * 1e9))
+        return False
+
+    def _sleep(self) -> None:
+        """Until nothing is in flight, or a quantum has been earned."""
+        allowance = self._allowance
+        while True:
+            share, began = self._lease.share, time.monotonic()
+            timeout = min(0.5, allowance.until_earned(share))
+            if timeout > 0 and self._lease.wait(timeout):
+                self._advance(LeaseEvent.FREED)
+                return
+            allowance.waited(time.monotonic() - began, share)
+            if allowance.until_earned(share) <= 0:
+                self._advance(LeaseEvent.EARNED)
+                return
             if not self._alive():
                 os._exit(0)
-        lease.set_state(TrainerState.RUNNING)
-        self.start()
-        self.waited_s += (self._last_ns - now) / 1e9
+
+    def _advance(self, event: LeaseEvent) -> None:
+        self.state = LEASE.step(self.state, event)

@@ -124,6 +124,22 @@ class Config:
     """Memory for recorded activations: a number in GiB, or with a unit as in 512MiB or 2GiB; auto:
     a tenth of what is free at launch, at most 8 GiB (default: auto)."""
 
+    lease_policy: Literal["idle", "share", "slo", "none"] = "idle"
+    """When the trainer may run. idle: only while no request is in flight; share: also for --lease-share of the time
+    requests are in flight; slo: then too, for as much of it as --slo-ttft-ms and --slo-tpot-ms leave; none: always, at
+    no lower priority than serving, to measure what the lease is good for (default: idle)."""
+
+    lease_share: float = 0.2
+    """Policy share: part of the time requests are in flight that the trainer may have, in quanta of
+    20 ms (default: 0.2)."""
+
+    slo_ttft_ms: float | None = None
+    """Policy slo: target for the time to the first token, in ms, of streamed answers (default: none)."""
+
+    slo_tpot_ms: float | None = None
+    """Policy slo: target for the mean time between tokens, in ms. Answers that are not streamed are judged
+    where both targets are given, by their sum over the answer (default: none)."""
+
     keep_versions: int = 16
     """Newest versions whose directories are kept; the live one always is (default: 16)."""
 
@@ -155,11 +171,22 @@ class Config:
             _require(self, name, low <= getattr(self, name) <= high, f"{low} to {high}")
         for name, positive in _NUMBERS.items():
             value = getattr(self, name)
+            if value is None:
+                continue
             is_allowed = math.isfinite(value) and (value > 0 if positive else value >= 0)
             _require(self, name, is_allowed, "above 0" if positive else "0 or more")
         is_objective = objectives.is_allowed(self.objective)
         _require(self, "objective", is_objective, objectives.ALLOWED)
         _require(self, "label_smoothing", self.label_smoothing < 0.5, "0 or more and below 0.5")
+        _require(self, "lease_share", self.lease_share <= 1, "above 0 and up to 1")
+        targets = [
+            name for name in ("slo_ttft_ms", "slo_tpot_ms") if getattr(self, name) is not None
+        ]
+        if self.lease_policy == "slo":
+            has = "slo with --slo-ttft-ms, --slo-tpot-ms or both; idle, share, none without"
+            _require(self, "lease_policy", bool(targets), has)
+        for name in targets:
+            _require(self, name, self.lease_policy == "slo", "only with --lease-policy slo")
         modules = self.target_modules
         is_known = bool(modules) and set(modules) <= set(LINEAR_MODULES)
         _require(
@@ -225,6 +252,9 @@ _NUMBERS = {
     "undesirable_weight": False,
     "label_smoothing": False,
     "max_grad_norm": False,
+    "lease_share": True,
+    "slo_ttft_ms": True,
+    "slo_tpot_ms": True,
     "train_max_wait": False,
     "probe_tolerance": True,
     "shutdown_timeout": False,
@@ -360,7 +390,7 @@ def _from_file(path: str) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def _read(name: str, value: object) -> Any:
     """The value of a field from a word (command line, environment) or a YAML scalar or list."""
-    kind = get_type_hints(Config)[name]
+    kind = _kind(name)
     if name == "activation_memory_bytes":
         return _read_bytes(value)
     if name == "target_modules":
@@ -432,8 +462,14 @@ def _help(is_all: bool) -> str:
     return text + ("\n" + sglang_flags.help_text() if is_all else "")
 
 
-def _metavar(name: str) -> str:
+def _kind(name: str) -> Any:
+    """The type of a field; of an optional one, what it is when given."""
     kind = get_type_hints(Config)[name]
+    return float if kind == float | None else kind
+
+
+def _metavar(name: str) -> str:
+    kind = _kind(name)
     if name in _CHOICES:
         return "{" + ",".join(_CHOICES[name]) + "}"
     special = {"data_dir": "DIR", "activation_memory_bytes": "SIZE", "target_modules": "MODULES"}

@@ -18,6 +18,7 @@ from alchemist.server import processes
 from alchemist.server.errors import EngineFailed
 from alchemist.server.learner import Learner
 from alchemist.server.ledger import Ledger
+from alchemist.server.pacing import Pace, Pacing, apply_policy
 from alchemist.server.publisher import PROBE_PREFIX
 from alchemist.server.run import Run
 
@@ -33,6 +34,7 @@ class Front:
         self.lease: Lease | None = None
         self.learner: Learner | None = None
         self.ledger: Ledger | None = None
+        self.pacing: Pacing | None = None
         self.is_ending = False
         self._in_flight: set[int] = set()
         self._tickets = itertools.count()
@@ -44,6 +46,7 @@ class Front:
     def begin(self, run: Run, lease: Lease, ledger: Ledger) -> None:
         """The launcher has made this run; called before SGLang starts."""
         self.run, self.lease, self.ledger = run, lease, ledger
+        self.pacing = apply_policy(run.load_config(), lease)
 
     def keep_all(self) -> None:
         """The server is about to end without its event loop: write what is queued."""
@@ -99,13 +102,15 @@ class Front:
         versions = learner.conversations.route(obj)
         rids: set[str] = set()
         try:
-            with self._busy():
+            with self._busy(), self._pace(obj) as pace:
                 async for out in original(manager, obj, request):
                     for index, item in enumerate(out if isinstance(out, list) else [out]):
                         version = versions[index % len(versions)]
                         item["meta_info"]["weight_version"] = version
                         learner.conversations.saw(item["meta_info"]["id"], version, obj)
                         rids.add(item["meta_info"]["id"])
+                        if pace is not None:
+                            pace.saw(item["meta_info"])
                     yield out
         finally:
             for rid in rids:
@@ -122,6 +127,11 @@ class Front:
         finally:
             self._in_flight.discard(ticket)
             self.lease.set_front_busy(len(self._in_flight))
+
+    def _pace(self, obj: Any) -> contextlib.AbstractContextManager[Pace | None]:
+        if self.pacing is None:
+            return contextlib.nullcontext()
+        return self.pacing.watch(is_stream=bool(obj.stream))
 
     async def stream(
         self, original: Any, serving: Any, adapted_request: Any, *args: Any

@@ -76,6 +76,7 @@ class Learner:
             self._context,
             run.trainer_address,
             lease,
+            config.lease_policy,
             self._welcome,
             self._trainer_ready,
             self._trainer_ended,
@@ -464,13 +465,18 @@ class Learner:
                 "restarts": self.trainer.process.num_restarts,
             },
             "lease": {
+                "policy": self.config.lease_policy,
+                "share": self.lease.share,
                 "granted": self.lease.is_granted,
                 "trainer_state": self.lease.state.name.lower(),
                 "revocations": self.lease.num_acks,
                 "revocations_missed": self.lease.num_missed,
                 "revoke_p50_ms": _quantile(latencies, 0.5),
                 "revoke_p99_ms": _quantile(latencies, 0.99),
+                "revoke_max_ms": latencies[-1] if latencies else None,
                 "longest_layer_ms": self.lease.layer_max_ms,
+                "layers": self.lease.num_layers,
+                "metered_s": self.lease.metered_s,
             },
         }
 

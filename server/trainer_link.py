@@ -36,6 +36,7 @@ class TrainerLink:
         context: zmq.asyncio.Context,
         address: str,
         lease: Lease,
+        lease_policy: str,
         welcome: Callable[[], messages.Welcome],
         on_ready: Callable[[], None],
         on_end: Callable[[], None],
@@ -44,7 +45,7 @@ class TrainerLink:
         welcome: what a trainer that says hello is told.
         on_ready, on_end: called when a trainer has become ready, and when one has ended unasked.
         """
-        self.process = TrainerProcess(address, self._ended)
+        self.process = TrainerProcess(address, lease_policy, self._ended)
         self.give_up: Callable[[str], None] = logger.critical
         """Ends the server, saying why."""
         self._lease = lease

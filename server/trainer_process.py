@@ -19,12 +19,14 @@ _HEALTHY_S = 60.0
 class TrainerProcess:
     """Keeps one trainer running until `stop`."""
 
-    def __init__(self, address: str, on_exit: Callable[[int], None]) -> None:
+    def __init__(self, address: str, lease_policy: str, on_exit: Callable[[int], None]) -> None:
         """Args:
         address: where the trainer is to say hello.
+        lease_policy: by it the trainer chooses its priority, before it does anything else.
         on_exit: called with the return code (negative: a signal) each time one ends unasked.
         """
         self._address = address
+        self._lease_policy = lease_policy
         self._on_exit = on_exit
         self._process: asyncio.subprocess.Process | None = None
         self._task: asyncio.Task[None] | None = None
@@ -64,6 +66,7 @@ class TrainerProcess:
                 "alchemist.trainer",
                 self._address,
                 str(os.getpid()),
+                self._lease_policy,
                 stdin=asyncio.subprocess.DEVNULL,
             )
             code = await self._process.wait()

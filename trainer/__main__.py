@@ -1,4 +1,4 @@
-"""`python -m alchemist.trainer ADDRESS SERVER_PID`: started by the server, never by hand."""
+"""`python -m alchemist.trainer ADDRESS SERVER_PID LEASE_POLICY`: started by the server, never by hand."""
 
 from __future__ import annotations
 
@@ -11,12 +11,20 @@ import sys
 _PR_SET_PDEATHSIG = 1
 
 
-def _stand_back() -> None:
+def _stand_back(lease_policy: str) -> None:
     """Where the processor also serves, serving goes first even before the lease says so.
 
     The lowest class, not only a nice value: two OpenMP teams on the same cores wait for each other at every barrier;
-    under `SCHED_IDLE` the server's threads push the trainer's aside at once. Threads started later inherit it.
+    under `SCHED_IDLE` the server's threads push the trainer's aside at once. Threads started later inherit it. Under
+    policy slo, too: what serving leaves of the cores is slack that costs no latency.
+
+    Policy share promises time, so there the trainer stays in the normal class: on a busy core the lowest one gets
+    nothing done in its quanta (with a share of 0.3 a thousandth of a core, against 0.07 at nice 0). It cannot change
+    class by the quantum: without privileges there is no way back. Nor has it a lower priority under none, which is to
+    show what the lease and all of this are good for.
     """
+    if lease_policy in ("share", "none"):
+        return
     try:
         os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
     except OSError:
@@ -24,9 +32,11 @@ def _stand_back() -> None:
 
 
 def main() -> None:
-    if len(sys.argv) != 3:
-        sys.exit("usage: python -m alchemist.trainer ADDRESS SERVER_PID (the server starts it)")
-    address, server_pid = sys.argv[1], int(sys.argv[2])
+    if len(sys.argv) != 4:
+        sys.exit(
+            "usage: python -m alchemist.trainer ADDRESS SERVER_PID LEASE_POLICY (the server starts it)"
+        )
+    address, server_pid, lease_policy = sys.argv[1], int(sys.argv[2]), sys.argv[3]
     logging.basicConfig(level=logging.INFO, format="[%(asctime)s trainer] %(message)s")
     # However the server ends, we end.
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -35,7 +45,7 @@ def main() -> None:
     # A terminal's Ctrl-C and a service manager's stop reach the whole group; the server tells us when to stop.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    _stand_back()
+    _stand_back(lease_policy)
     # It takes seconds to import, in which the server may die.
     from alchemist.trainer.worker import run
 

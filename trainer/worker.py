@@ -19,8 +19,9 @@ import zmq
 from transformers import AutoConfig
 
 from alchemist.protocol import messages
-from alchemist.protocol.lease import Gate, Lease, TrainerState
+from alchemist.protocol.lease import Gate, Lease
 from alchemist.protocol.manifest import Manifest
+from alchemist.protocol.states import TrainerEvent
 from alchemist.protocol.tensors import Importer
 from alchemist.trainer.families import ModelShape
 from alchemist.trainer.lora import LoraAdapter, LoraConfig
@@ -111,7 +112,7 @@ class Worker:
         self._masters_of = -1
         if not self.store.exists(0):
             self._make_v0()
-        self.lease.set_state(TrainerState.IDLE)
+        self.lease.advance(TrainerEvent.ATTACHED)
 
     def _make_v0(self) -> None:
         """The base model as an adapter: A as PEFT initialises it, B zero. Every first step starts from it."""
@@ -138,7 +139,7 @@ class Worker:
     def train(self, request: messages.Train) -> messages.StepDone | messages.StepFailed:
         """Do one step. Failures of samples or of the whole step are answers, not exceptions."""
         self.gate.start()
-        self.lease.set_state(TrainerState.RUNNING)
+        self.lease.advance(TrainerEvent.STEP_BEGUN)
         try:
             return self._train(request)
         except (ArithmeticError, ValueError, OSError) as error:
@@ -150,7 +151,7 @@ class Worker:
                 failed = {sample.feedback_id: reason for sample in request.samples}
             return messages.StepFailed(step=request.step, reason=reason, failed=failed)
         finally:
-            self.lease.set_state(TrainerState.IDLE)
+            self.lease.advance(TrainerEvent.STEP_ENDED)
 
     def _train(self, request: messages.Train) -> messages.StepDone | messages.StepFailed:
         started = time.perf_counter()

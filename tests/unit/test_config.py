@@ -109,10 +109,30 @@ def test_automatic_activation_memory_is_a_capped_tenth() -> None:
         (["--beta", "--no-train"], "--beta needs a value"),
         (["--no-train=maybe"], "allowed: true or false"),
         (["--config", "/does/not/exist.yaml"], "/does/not/exist.yaml"),
+        (["--lease-policy", "fair"], "--lease-policy is 'fair'; allowed: one of idle, share, slo,"),
+        (["--lease-share", "0"], "--lease-share is 0.0; allowed: above 0"),
+        (["--lease-share", "-0.1"], "--lease-share is -0.1; allowed: above 0"),
+        (["--lease-share", "1.5"], "--lease-share is 1.5; allowed: above 0 and up to 1"),
+        (["--lease-policy", "slo"], "--lease-policy is 'slo'; allowed: slo with --slo-ttft-ms,"),
+        (["--slo-ttft-ms", "0"], "--slo-ttft-ms is 0.0; allowed: above 0"),
+        (["--slo-tpot-ms", "-3"], "--slo-tpot-ms is -3.0; allowed: above 0"),
+        (["--slo-tpot-ms", "fast"], "--slo-tpot-ms is 'fast'; allowed: a number"),
+        (["--slo-ttft-ms", "9"], "--slo-ttft-ms is 9.0; allowed: only with --lease-policy slo"),
     ],
 )
 def test_bad_values_are_named(argv, named, capsys: pytest.CaptureFixture[str]) -> None:
     assert named in usage_error(capsys, argv)
+
+
+def test_lease_policies_from_anywhere(tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text("lease-policy: slo\nslo-ttft-ms: 200\n")
+    config = parse(["--config", str(file)], {"ALCHEMIST_SLO_TPOT_MS": "12.5"})[0]
+    assert (config.lease_policy, config.slo_ttft_ms, config.slo_tpot_ms) == ("slo", 200.0, 12.5)
+    assert Config.from_json(config.to_json()) == config
+    config = parse(["--lease-policy=share", "--lease-share", "1"], {})[0]
+    assert (config.lease_policy, config.lease_share, config.slo_ttft_ms) == ("share", 1.0, None)
+    assert Config().lease_policy == "idle"
 
 
 def test_unknown_environment_variable(capsys: pytest.CaptureFixture[str]) -> None:

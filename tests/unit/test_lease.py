@@ -9,8 +9,17 @@ import time
 import pytest
 
 from alchemist.protocol.errors import PeerProtocolError
-from alchemist.protocol.lease import Gate, Lease, TrainerState
+from alchemist.protocol.lease import Gate, Lease
 from alchemist.protocol.shm import create
+from alchemist.protocol.states import LeaseState, TrainerEvent, TrainerState
+
+
+def running() -> tuple[Lease, Gate]:
+    """A lease whose trainer is in the middle of a step."""
+    lease = Lease.create()
+    lease.advance(TrainerEvent.ATTACHED)
+    lease.advance(TrainerEvent.STEP_BEGUN)
+    return lease, Gate(lease, alive=lambda: True)
 
 
 @pytest.mark.parametrize("front", [0, 3])
@@ -48,8 +57,7 @@ def test_wait_gives_up_after_its_timeout():
 
 
 def test_gate_acknowledges_a_revocation_with_its_latency_and_returns_after_the_grant():
-    lease = Lease.create()
-    gate = Gate(lease, alive=lambda: True)
+    lease, gate = running()
     gate.start()
     gate()
     assert lease.num_acks == 0
@@ -68,9 +76,8 @@ def test_gate_acknowledges_a_revocation_with_its_latency_and_returns_after_the_g
 
 
 def test_a_revocation_before_the_work_began_has_no_latency():
-    lease = Lease.create()
+    lease, gate = running()
     lease.set_engine_busy(True)
-    gate = Gate(lease, alive=lambda: True)
     gate.start()
     threading.Timer(0.05, lease.set_engine_busy, [False]).start()
     gate()
@@ -78,8 +85,7 @@ def test_a_revocation_before_the_work_began_has_no_latency():
 
 
 def test_a_busy_time_within_one_layer_is_counted_as_missed():
-    lease = Lease.create()
-    gate = Gate(lease, alive=lambda: True)
+    lease, gate = running()
     lease.set_front_busy(1)
     lease.set_front_busy(0)
     gate.start()
@@ -98,8 +104,11 @@ def test_a_gate_of_an_orphan_ends_its_process():
     code = (
         "import msgspec, sys\n"
         "from alchemist.protocol.lease import Lease, Gate\n"
+        "from alchemist.protocol.states import TrainerEvent\n"
         "from alchemist.protocol.shm import SegmentHandle\n"
         "lease = Lease.attach(msgspec.json.decode(sys.argv[1], type=SegmentHandle))\n"
+        "lease.advance(TrainerEvent.ATTACHED)\n"
+        "lease.advance(TrainerEvent.STEP_BEGUN)\n"
         "Gate(lease, alive=lambda: False)()\n"
         "sys.exit(3)\n"
     )
@@ -110,13 +119,85 @@ def test_a_gate_of_an_orphan_ends_its_process():
 
 
 def test_a_dead_trainer_holds_nothing():
-    lease = Lease.create()
-    lease.set_state(TrainerState.RUNNING)
+    lease, _ = running()
     lease.reset_trainer()
     assert lease.state is TrainerState.DETACHED
     lease.set_front_busy(1)
     lease.set_front_busy(0)
     assert lease.is_granted
+
+
+def work(gate: Gate, seconds: float) -> int:
+    """A trainer of 2 ms layers; how many it did."""
+    until = time.monotonic() + seconds
+    layers = 0
+    while time.monotonic() < until:
+        layer = time.monotonic() + 0.002
+        while time.monotonic() < layer:
+            pass
+        layers += 1
+        gate()
+    return layers
+
+
+def test_with_a_share_the_trainer_works_for_that_part_of_a_busy_time():
+    lease, gate = running()
+    lease.set_share(0.3)
+    lease.set_front_busy(1)
+    gate.start()
+    began = time.monotonic()
+    work(gate, 2.0)
+    # Waking late on a busy machine can only make it less.
+    part = 1 - gate.waited_s / (time.monotonic() - began)
+    assert 0.15 <= part <= 0.34
+    assert lease.metered_s > 0.2
+    assert lease.state is TrainerState.RUNNING
+
+
+def test_with_all_of_the_time_it_never_sleeps():
+    lease, gate = running()
+    lease.set_share(1.0)
+    lease.set_engine_busy(True)
+    gate.start()
+    work(gate, 0.1)
+    assert (gate.waited_s, gate.state) == (0.0, LeaseState.METERED)
+    assert lease.num_acks == 0
+
+
+def test_a_share_taken_away_is_a_revocation():
+    lease, gate = running()
+    lease.set_share(1.0)
+    lease.set_front_busy(1)
+    gate.start()
+    gate()
+    lease.set_share(0.0)
+    thread = threading.Thread(target=gate)
+    thread.start()
+    while lease.state is not TrainerState.YIELDED:
+        assert thread.is_alive()
+    assert (gate.state, lease.num_acks) == (LeaseState.REVOKED, 1)
+    lease.set_share(1.0)
+    thread.join(5)
+    assert not thread.is_alive()
+    assert gate.state is LeaseState.METERED
+
+
+def test_an_idle_time_ends_metering():
+    lease, gate = running()
+    lease.set_share(0.5)
+    lease.set_front_busy(1)
+    gate()
+    assert gate.state is LeaseState.METERED
+    lease.set_front_busy(0)
+    gate()
+    assert gate.state is LeaseState.GRANTED
+
+
+def test_gates_are_counted():
+    lease, gate = running()
+    for _ in range(3):
+        gate()
+    assert lease.num_layers == 3
 
 
 def test_only_a_control_block_is_attached():

@@ -1,0 +1,160 @@
+"""The servers `bench_serving.py` measures, and the votes that keep their trainers busy."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+ROOT = Path(__file__).parents[1]
+VOTES = 600
+"""Votes waiting when a turn begins: more than any turn can train."""
+
+
+class Target:
+    """One server under test."""
+
+    def __init__(self, name: str, module: list[str], args: list[str], folder: Path) -> None:
+        self.name = name
+        self.backlog: Backlog | None = None
+        """Of a server that trains while it is measured."""
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.http = httpx.Client(base_url=self.url, timeout=300)
+        self.log = folder / f"{name}.log"
+        with self.log.open("wb") as output:
+            self.process = subprocess.Popen(
+                [sys.executable, *module, "--port", str(self.port), *args],
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                cwd=ROOT,
+                start_new_session=True,
+            )
+
+    def wait_ready(self) -> None:
+        deadline = time.monotonic() + 300
+        while time.monotonic() < deadline:
+            if self.process.poll() is not None:
+                break
+            try:
+                if self.http.get("/health").status_code == 200:
+                    return
+            except httpx.TransportError:
+                pass
+            time.sleep(0.3)
+        sys.exit(
+            f"server {self.name} did not start; its log: {self.log}\n{self.log.read_text()[-3000:]}"
+        )
+
+    def end(self) -> None:
+        self.process.send_signal(signal.SIGTERM)
+        try:
+            self.process.wait(40)
+        except subprocess.TimeoutExpired:
+            os.killpg(self.process.pid, signal.SIGKILL)
+
+    def greedy(self) -> list[Any]:
+        """Tokens and logprobs of a few fixed prompts under the base model."""
+        out = []
+        for length in (5, 60, 300):
+            body: dict[str, Any] = {
+                "input_ids": [(7 * i + length) % 900 + 10 for i in range(length)],
+                "sampling_params": {"max_new_tokens": 16, "temperature": 0, "ignore_eos": True},
+                "return_logprob": True,
+            }
+            if self.name != "plain":
+                body["lora_path"] = "base"
+            answer = self.http.post("/generate", json=body).json()
+            out.append(
+                [(e[1], round(e[0], 4)) for e in answer["meta_info"]["output_token_logprobs"]]
+            )
+        return out
+
+
+class Backlog:
+    """Votes enough to keep the trainer busy for as long as it may train.
+
+    How far training has come is counted in layers (the lease's gates): a turn is shorter than a step. Processor time
+    would not do: threads that wait for one another use it, too.
+    """
+
+    def __init__(self, target: Target) -> None:
+        self._http = target.http
+        self._user = 0
+        self._draw = random.Random(0)
+        self._step_s = 0.0
+        self.layers_per_s = 0.0
+        """With nobody to serve."""
+        self.tokens_per_s = 0.0
+        """With nobody to serve."""
+        self._http.post("/v1/training/pause")
+        self._completions = [self._complete(i) for i in range(8)]
+
+    def _complete(self, i: int) -> str:
+        body = {
+            "input_ids": [(13 * j + 101 * i) % 900 + 10 for j in range(400)],
+            "sampling_params": {"max_new_tokens": 24, "temperature": 1.0, "ignore_eos": True},
+        }
+        return str(self._http.post("/generate", json=body).json()["meta_info"]["id"])
+
+    def status(self) -> dict[str, Any]:
+        found: dict[str, Any] = self._http.get("/v1/training").json()
+        return found
+
+    def start(self) -> None:
+        """Train, from a moment of a step that is left to chance: its layers are only part of a step."""
+        for i in range(max(0, VOTES - self.status()["pending"])):
+            self._user += 1
+            vote = {
+                "completion_id": self._completions[i % len(self._completions)],
+                "rating": "up" if i % 2 else "down",
+                "user": f"bench-{self._user}",
+            }
+            self._http.post("/v1/feedback", json=vote).raise_for_status()
+        self._http.post("/v1/training/resume").raise_for_status()
+        time.sleep(self._draw.random() * self._step_s)
+
+    def stop(self) -> None:
+        """Pause, and wait until the step under way is over."""
+        if self.status()["pending"] == 0:
+            sys.exit("the backlog of votes ran dry: the trainer was not busy throughout")
+        self._http.post("/v1/training/pause").raise_for_status()
+        while self.status()["lease"]["trainer_state"] in ("running", "yielded"):
+            time.sleep(0.05)
+
+    def measure_alone(self, steps: int) -> None:
+        """Find the speed with nobody to serve, over whole steps."""
+        self.start()
+        self._wait_for_step(self.status()["step"] + 1)
+        before = self.status()["step"]
+        layers, tokens, started = self.layers, self.tokens, time.monotonic()
+        self._wait_for_step(before + steps)
+        elapsed = time.monotonic() - started
+        self.layers_per_s = (self.layers - layers) / elapsed
+        self.tokens_per_s = (self.tokens - tokens) / elapsed
+        self._step_s = elapsed / steps
+        self.stop()
+
+    def _wait_for_step(self, step: int) -> None:
+        while self.status()["step"] < step:
+            time.sleep(0.02)
+
+    @property
+    def layers(self) -> int:
+        return int(self.status()["lease"]["layers"])
+
+    @property
+    def tokens(self) -> int:
+        """Tokens trained so far."""
+        status = self.status()
+        return int(status["tokens_reused"] + status["tokens_recomputed"])

@@ -1,0 +1,70 @@
+"""Lease policy `slo`: how much of the time requests are in flight the trainer may have, from the latencies observed.
+
+Additive increase, multiplicative decrease, as in congestion control: a request that came through with room to spare
+adds `STEP` to the share, one that was at risk halves it, and for `WINDOW` requests after that it does not rise. A
+latency is at risk beyond `MARGIN` of its target, so the share falls before a target is missed. Pure, no clock.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import msgspec
+
+MARGIN = 0.8
+STEP = 0.02
+BACK_OFF = 0.5
+FLOOR = 0.01
+"""A smaller share is none: it would be a quantum every few seconds."""
+WINDOW = 16
+
+
+class Observation(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """One request, done or as far as it has come. What is not known is None."""
+
+    ttft_ms: float | None = None
+    """From its arrival at the server to its first token; so far, while that has not come."""
+    tpot_ms: float | None = None
+    """Mean time between its tokens."""
+    total_ms: float | None = None
+    """From arrival to the end, of an answer given as a whole: when its first token came nobody saw."""
+    num_tokens: int = 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Targets:
+    """Milliseconds; None: no target."""
+
+    ttft_ms: float | None
+    tpot_ms: float | None
+
+    def pressure(self, seen: Observation) -> float:
+        """The largest of its latencies over their targets: beyond 1 a target is missed. 0 if none can be judged."""
+        ratios = [0.0]
+        if self.ttft_ms is not None and seen.ttft_ms is not None:
+            ratios.append(seen.ttft_ms / self.ttft_ms)
+        if self.tpot_ms is not None and seen.tpot_ms is not None:
+            ratios.append(seen.tpot_ms / self.tpot_ms)
+        if self.ttft_ms is not None and self.tpot_ms is not None and seen.total_ms is not None:
+            ratios.append(
+                seen.total_ms / (self.ttft_ms + max(0, seen.num_tokens - 1) * self.tpot_ms)
+            )
+        return max(ratios)
+
+    def is_at_risk(self, seen: Observation) -> bool:
+        return self.pressure(seen) > MARGIN
+
+
+def decide(share: float, recent: Sequence[Observation], targets: Targets) -> float:
+    """The share from now on, 0 to 1.
+
+    Args:
+        share: the share so far.
+        recent: requests that are done, the newest last; at least the last `WINDOW` of them.
+    """
+    at_risk = [targets.is_at_risk(seen) for seen in recent[-WINDOW:]]
+    if at_risk[-1]:
+        share *= BACK_OFF
+        return share if share >= FLOOR else 0.0
+    return share if any(at_risk) else min(1.0, share + STEP)

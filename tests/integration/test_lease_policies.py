@@ -1,0 +1,74 @@
+"""Policies share and slo on a real server. Policy idle: test_end_to_end.py."""
+
+import pytest
+from live import Server, wait_for
+from stream import Stream
+
+pytestmark = pytest.mark.server
+
+BATCH = ["--train-batch-size", "4", "--train-max-wait", "3600"]
+
+
+def started(tmp_path_factory, *args: str) -> Server:
+    return Server(tmp_path_factory.mktemp("lease") / "data", *BATCH, *args)
+
+
+def vote(server: Server) -> None:
+    for question in ("Hello!", "What is 2 + 3?", "Tell me a joke.", "What color is the sky?"):
+        server.vote(server.chat(question)["id"])
+
+
+def test_with_a_share_a_step_completes_although_requests_are_always_in_flight(tmp_path_factory):
+    server = started(tmp_path_factory, "--lease-policy", "share", "--lease-share", "0.5")
+    try:
+        lease = server.training()["lease"]
+        assert (lease["policy"], lease["share"], lease["metered_s"]) == ("share", 0.5, 0.0)
+        before, latest = server.training()["step"], Stream(server, max_tokens=400)
+        completions = [server.chat(text, max_tokens=4)["id"] for text in ("a", "b", "c", "d")]
+        for completion in completions:
+            server.vote(completion)
+
+        def has_stepped() -> bool:
+            nonlocal latest
+            # The next begins before the last one ends.
+            earlier, latest = latest, Stream(server, max_tokens=400)
+            status = server.training()
+            assert status["lease"]["granted"] is False
+            earlier.wait()
+            return status["step"] > before
+
+        wait_for(has_stepped, 120, "a step while requests are in flight")
+        latest.wait()
+        assert server.training()["lease"]["metered_s"] > 0
+    finally:
+        assert server.stop() == 0, server.tail()
+
+
+def test_slo_gives_by_the_request_and_takes_back_at_once(tmp_path_factory):
+    """One request runs at a time, so that a second one waits for its first token."""
+    server = started(
+        tmp_path_factory,
+        *("--lease-policy", "slo", "--slo-ttft-ms", "2000", "--max-running-requests", "1"),
+    )
+
+    def share() -> float:
+        return server.training()["lease"]["share"]
+
+    try:
+        assert share() == 0.0
+        for _ in range(6):
+            Stream(server, max_tokens=2).wait()
+        wait_for(lambda: share() > 0, 5, "a share")
+        # A step goes by the share from now on.
+        vote(server)
+        server.flush()
+        given = share()
+        running = Stream(server, max_tokens=1500)
+        waiting = Stream(server, max_tokens=2, wait=False)
+        wait_for(lambda: share() == 0.0, 30, "the brake of a request that waits")
+        assert not waiting.started.is_set()
+        running.wait()
+        waiting.wait()
+        wait_for(lambda: 0 < share() <= given / 2 + 0.04, 5, "half of the share")
+    finally:
+        assert server.stop() == 0, server.tail()
