@@ -39,9 +39,9 @@ class Targets:
     ttft_ms: float | None
     tpot_ms: float | None
 
-    def pressure(self, seen: Observation) -> float:
-        """The largest of its latencies over their targets: beyond 1 a target is missed. 0 if none can be judged."""
-        ratios = [0.0]
+    def pressure(self, seen: Observation) -> float | None:
+        """The largest of its latencies over their targets: beyond 1 one is missed. None: nothing to judge it by."""
+        ratios = []
         if self.ttft_ms is not None and seen.ttft_ms is not None:
             ratios.append(seen.ttft_ms / self.ttft_ms)
         if self.tpot_ms is not None and seen.tpot_ms is not None:
@@ -50,10 +50,11 @@ class Targets:
             ratios.append(
                 seen.total_ms / (self.ttft_ms + max(0, seen.num_tokens - 1) * self.tpot_ms)
             )
-        return max(ratios)
+        return max(ratios, default=None)
 
     def is_at_risk(self, seen: Observation) -> bool:
-        return self.pressure(seen) > MARGIN
+        pressure = self.pressure(seen)
+        return pressure is not None and pressure > MARGIN
 
 
 def decide(share: float, recent: Sequence[Observation], targets: Targets) -> float:
@@ -67,4 +68,6 @@ def decide(share: float, recent: Sequence[Observation], targets: Targets) -> flo
     if at_risk[-1]:
         share *= BACK_OFF
         return share if share >= FLOOR else 0.0
-    return share if any(at_risk) else min(1.0, share + STEP)
+    if any(at_risk) or targets.pressure(recent[-1]) is None:
+        return share
+    return min(1.0, share + STEP)

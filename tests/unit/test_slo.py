@@ -73,12 +73,16 @@ def test_lasting_trouble_leaves_nothing():
         # A whole answer: ten tokens may take 100 + 9 · 10 ms.
         (Targets(ttft_ms=100, tpot_ms=10), Observation(total_ms=95, num_tokens=10), 0.5),
         (Targets(ttft_ms=100, tpot_ms=10), Observation(total_ms=50, num_tokens=0), 0.5),
-        (Targets(ttft_ms=100, tpot_ms=None), Observation(total_ms=1e9, num_tokens=1), 0.0),
-        (TARGETS, Observation(), 0.0),
+        (Targets(ttft_ms=100, tpot_ms=None), Observation(total_ms=1e9, num_tokens=1), None),
+        (TARGETS, Observation(), None),
     ],
 )
 def test_pressure(targets, seen, pressure):
-    assert targets.pressure(seen) == pytest.approx(pressure)
+    assert targets.pressure(seen) == (pressure and pytest.approx(pressure))
+
+
+def test_what_cannot_be_judged_changes_nothing():
+    assert decide(0.3, [EASY, Observation()], TARGETS) == 0.3
 
 
 @given(shares, st.lists(observations, min_size=1, max_size=3 * WINDOW))
