@@ -1,5 +1,8 @@
 """The controller of policy slo: backs off at once, rises slowly, and keeps the targets on recorded requests."""
 
+from pathlib import Path
+
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -15,6 +18,7 @@ from alchemist.server.slo import (
     decide,
 )
 
+TRACE = Path(__file__).parents[1] / "data" / "slo_trace.json"
 TARGETS = Targets(ttft_ms=200.0, tpot_ms=20.0)
 EASY = Observation(ttft_ms=50.0, tpot_ms=8.0, num_tokens=24)
 SLOW = Observation(ttft_ms=170.0, tpot_ms=8.0, num_tokens=24)
@@ -100,3 +104,58 @@ def test_the_share_stays_within_bounds_and_the_function_is_pure(share, recent):
 def test_a_larger_share_never_becomes_the_smaller(a, b, recent):
     low, high = sorted((a, b))
     assert decide(low, recent, TARGETS) <= decide(high, recent, TARGETS)
+
+
+class Phase(msgspec.Struct):
+    load: str
+    requests: list[Observation]
+
+
+class Trace(msgspec.Struct):
+    targets: dict[str, float]
+    phases: list[Phase]
+
+
+@pytest.fixture(scope="module")
+def recorded():
+    return msgspec.json.decode(TRACE.read_bytes(), type=Trace)
+
+
+def shares_by_phase(recorded: Trace) -> list[list[float]]:
+    requests = [seen for phase in recorded.phases for seen in phase.requests]
+    decided = iter(replay(requests, Targets(**recorded.targets)))
+    return [[next(decided) for _ in phase.requests] for phase in recorded.phases]
+
+
+def test_a_recorded_rush_takes_the_share_within_five_requests_and_calm_gives_it_back(recorded):
+    assert [phase.load for phase in recorded.phases] == ["calm", "heavy", "calm"]
+    calm, heavy, after = shares_by_phase(recorded)
+    assert calm[-1] > 0.1
+    assert heavy[0] <= calm[-1] * BACK_OFF
+    assert set(heavy[4:]) == {0.0}
+    assert set(after[: WINDOW - 1]) == {0.0}
+    assert after[WINDOW - 1 :] == pytest.approx(
+        [STEP * (i + 1) for i in range(len(after) - WINDOW + 1)]
+    )
+
+
+def test_every_recorded_request_at_risk_halves_the_share_and_none_raises_it_by_more_than_a_step(
+    recorded,
+):
+    targets = Targets(**recorded.targets)
+    requests = [seen for phase in recorded.phases for seen in phase.requests]
+    num_at_risk = sum(targets.is_at_risk(seen) for seen in requests)
+    assert 20 < num_at_risk < len(requests) - 20
+    share = 0.0
+    for seen, after in zip(requests, replay(requests, targets), strict=True):
+        if targets.is_at_risk(seen):
+            assert after in (share * BACK_OFF, 0.0)
+        else:
+            assert after in (share, pytest.approx(share + STEP))
+        share = after
+
+
+def test_with_targets_ten_times_wider_the_same_requests_give_all_of_the_time(recorded):
+    wide = Targets(**{name: 10 * value for name, value in recorded.targets.items()})
+    requests = [seen for phase in recorded.phases for seen in phase.requests]
+    assert replay(requests, wide)[-1] == 1.0
