@@ -102,7 +102,8 @@ def wanted(options: argparse.Namespace) -> tuple[list[list[str]], list[int], boo
         groups = GROUPS[:1] if options.quick else GROUPS
         return [list(group) for group in groups], [] if options.quick else list(LEVELS), True
     rows = options.only.split(",")
-    words = {word for row in rows for word in row.split("_")}
+    # Of every trainer there is a train_share; share is a server, too.
+    words = {word for row in rows for word in row.replace("train_share", "").split("_")}
     if words & {"revoke", "revocations", "longest", "dedicated"}:
         words.add("idle")
     groups = [[name for name in group if name in words] for group in GROUPS]

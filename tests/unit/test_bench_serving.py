@@ -1,0 +1,75 @@
+"""The serving benchmark: what its options start, and which rows its figures become."""
+
+import argparse
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
+
+from bench_common import Run
+from bench_serving import GROUPS, LEVELS, wanted
+from serving_load import Timing
+from serving_report import Measured, Slo, report_group
+
+FIRST, SECOND = (list(group) for group in GROUPS)
+
+
+@pytest.mark.parametrize(
+    ("quick", "only", "groups", "levels", "has_base"),
+    [
+        (False, None, [FIRST, SECOND], list(LEVELS), True),
+        (True, None, [FIRST], [], True),
+        (False, "ttft_p50_recording", [["recording"]], [], True),
+        (False, "revoke_p99_ms,longest_layer_ms", [["idle"]], [], True),
+        (False, "slo_met,slo_train_share", [["slo"]], [50], False),
+        (False, "slo_met_at90", [["slo"]], [90], False),
+        (False, "ttft_p50_idle_at25,ttft_p50_none_at75", [["idle"], ["none"]], [25, 75], False),
+        (False, "ttft_p99_idle,slo_met", [["idle"], ["slo"]], [50], True),
+        (False, "saturation_rate", [[]], [], False),
+        (False, "ttft_p50_plain", [[]], [], True),
+    ],
+)
+def test_only_what_its_rows_need_is_started(quick, only, groups, levels, has_base):
+    options = argparse.Namespace(quick=quick, only=only)
+    assert wanted(options) == (groups, levels, has_base)
+
+
+def test_targets_become_flags_and_judge_requests():
+    slo = Slo(100.0, 0.0)
+    assert slo.flags == ["--slo-ttft-ms", "100.00"]
+    assert slo.is_met(Timing(100.0, 1e9))
+    assert not slo.is_met(Timing(100.1, 0.0))
+    assert Slo(0.0, 0.0).is_open
+    both = Slo(100.0, 10.0)
+    assert both.is_met(Timing(99, 9))
+    assert not both.is_met(Timing(99, 11))
+
+
+def rows(found: Measured, slo: Slo) -> dict[str, object]:
+    run = Run("serving", argparse.Namespace(only=None))
+    report_group(run, found, slo, burst=8)
+    return {row.name: row for row in run.rows}
+
+
+def test_ratios_are_over_plain_of_the_same_load_and_group():
+    found = Measured(["plain", "slo"], is_first=False)
+    for at, plain, ours in ((None, 10.0, 11.0), (50, 20.0, 30.0)):
+        for _ in range(3):
+            found.add("plain", at, [Timing(plain, 2.0)] * 4)
+            found.add("slo", at, [Timing(ours, 3.0)] * 4)
+    found.add("slo", -1, [Timing(1e9, 1e9)])
+    found.add_share("slo", 50, 0.4)
+    found.add_share("slo", 50, 0.6)
+    named = rows(found, Slo(25.0, 5.0))
+    assert named["ttft_p50_slo"].value == pytest.approx(1.1)
+    assert named["ttft_p50_slo_at50"].value == pytest.approx(1.5)
+    assert named["tpot_p99_slo_at50"].value == pytest.approx(1.5)
+    assert named["slo_met"].value == named["slo_met_at50"].value == 0.0
+    assert named["slo_met"].ok is False
+    assert named["slo_met_plain_at50"].value == 1.0
+    assert (named["slo_train_share"].value, named["slo_train_share"].ok) == (0.5, True)
+    # Plain's own figures are the first group's.
+    assert "ttft_p50_plain" not in named
+    assert not any("-1" in name for name in named)
