@@ -150,11 +150,10 @@ class Bench:
                     for target in progress(up, "starting servers"):
                         target.wait_ready()
                 self._measure_group(up, is_first=index == 0)
-                while len(up) > 1:
-                    up.pop().end()
+                Target.end(up[1:])
+                del up[1:]
         finally:
-            for target in up:
-                target.end()
+            Target.end(up)
 
     def _start(self, name: str) -> Target:
         options = self._options

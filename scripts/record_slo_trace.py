@@ -54,7 +54,7 @@ def main() -> None:
                 phases.append({"load": label, "requests": msgspec.to_builtins(seen)})
             backlog.stop()
         finally:
-            target.end()
+            Target.end([target])
     trace = {
         "machine": machine(),
         "targets": {"ttft_ms": TTFT_MS, "tpot_ms": TPOT_MS},
