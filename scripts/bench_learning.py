@@ -35,9 +35,9 @@ import httpx
 import openai
 import yaml
 from bench_common import Row, Run, progress, quartiles
-from bench_serving import Target
 from learning_report import Results, compare, plot_curves
 from rich.console import Console
+from serving_servers import Target
 from simulate_users import Rule, parse, simulate
 
 from alchemist.server.config import TINY_OPTIONS

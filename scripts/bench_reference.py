@@ -25,7 +25,7 @@ from typing import Any
 
 import httpx
 from bench_common import Row, Run, progress, quartiles
-from bench_serving import Target
+from serving_servers import Target
 
 from alchemist.server.main import TINY_MODEL
 

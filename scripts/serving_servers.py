@@ -56,16 +56,19 @@ class Target:
             f"server {self.name} did not start; its log: {self.log}\n{self.log.read_text()[-3000:]}"
         )
 
+    def wait_ended(self) -> None:
+        try:
+            self.process.wait(40)
+        except subprocess.TimeoutExpired:
+            os.killpg(self.process.pid, signal.SIGKILL)
+
     @staticmethod
     def end(targets: list[Target]) -> None:
         """End them all, at once."""
         for target in targets:
             target.process.send_signal(signal.SIGTERM)
         for target in targets:
-            try:
-                target.process.wait(40)
-            except subprocess.TimeoutExpired:
-                os.killpg(target.process.pid, signal.SIGKILL)
+            target.wait_ended()
 
     def greedy(self) -> list[Any]:
         """Tokens and logprobs of a few fixed prompts under the base model."""

@@ -18,7 +18,7 @@ from typing import Any
 
 import httpx
 from bench_common import progress
-from bench_serving import Target
+from serving_servers import Target
 
 from alchemist.server.main import TINY_MODEL
 from alchemist.trainer.step import Sample
