@@ -4,6 +4,7 @@
     trainer  ◄── DEALER/ROUTER ────► main        trainer.ipc    TrainerHello, TrainerReady, Welcome, Train,
                                                    StepDone, StepFailed, Stop
     trainer  ◄── DEALER/ROUTER ────► scheduler   rows-tpN.ipc   CheckOut, CheckedOut, CheckIn
+    main     ◄── DEALER/ROUTER ────► scheduler   rows-tpN.ipc   Voted, AskRows, RowStats
 
 All sockets live in a 0700 directory. Encoding: msgpack, maps, tagged by class name. Token ids travel as little-endian
 int32 bytes, logprobs as float32, slots/rows as int64. New fields are appended with defaults.
@@ -33,6 +34,17 @@ class _Message(msgspec.Struct, tag=True, kw_only=True, frozen=True):
     pass
 
 
+class SharedRows(msgspec.Struct, kw_only=True, frozen=True):
+    """Recorded rows; those on the device lie in the KV pool."""
+
+    host: list[TensorHandle]
+    """Per layer [host rows, width]."""
+    gens: TensorHandle
+    """[device rows + host rows] int64: raised whenever a row's content stops being what it was."""
+    cells: TensorHandle
+    """[device rows, slots_per_row] int64: KV slots of each row on the device."""
+
+
 class SharedMemory(msgspec.Struct, kw_only=True, frozen=True):
     """What the scheduler owns and the trainer maps."""
 
@@ -42,10 +54,8 @@ class SharedMemory(msgspec.Struct, kw_only=True, frozen=True):
     k: list[TensorHandle]
     """Per layer [slots, n_kv, d], after norm and rope."""
     v: list[TensorHandle]
-    rows: list[TensorHandle]
-    """Per layer [num_rows, width]; empty when nothing is recorded."""
-    row_gen: TensorHandle | None
-    """[num_rows] int64: raised whenever a row's content stops being what it was."""
+    rows: SharedRows | None
+    """None when nothing is recorded."""
 
 
 class SchedulerHello(_Message, kw_only=True, frozen=True):
@@ -108,6 +118,7 @@ class TrainSample(msgspec.Struct, kw_only=True, frozen=True):
     """One completion with its vote."""
 
     feedback_id: str
+    completion_id: str
     label: bool
     prompt_ids: bytes
     response_ids: bytes
@@ -156,27 +167,62 @@ class Stop(_Message, kw_only=True, frozen=True):
     pass
 
 
+class Prompt(msgspec.Struct, kw_only=True, frozen=True):
+    """A completion's prompt, as its rows are looked for."""
+
+    rid: str
+    extra_key: str | None
+    token_ids: bytes
+
+
 class CheckOut(_Message, kw_only=True, frozen=True):
-    """Which recorded rows hold these tokens? Looked up in the radix tree; held until `CheckIn`."""
+    """Where are these prompts' tokens recorded? Held until `CheckIn`."""
 
     ticket: int
-    items: list[tuple[str | None, bytes]]
-    """(extra_key, token ids) each."""
+    prompts: list[Prompt]
+
+
+class Places(msgspec.Struct, kw_only=True, frozen=True):
+    """Of every token of a prompt, int64 each; row −1: not recorded."""
+
+    slots: bytes
+    rows: bytes
+    gens: bytes
+    hedge_rows: bytes
+    """Copies on the host, should a row on the device be taken away; −1: none."""
+    hedge_gens: bytes
 
 
 class CheckedOut(_Message, kw_only=True, frozen=True):
     ticket: int
-    items: list[tuple[bytes, bytes, bytes]]
-    """(slots, rows, generations), int64 each, of the longest cached prefix; row −1: not recorded."""
+    places: list[Places | None]
+    """By prompt; None: nothing is recorded."""
 
 
 class CheckIn(_Message, kw_only=True, frozen=True):
     ticket: int
+    consumed: list[str] = []
+    """Completions whose votes were trained."""
 
 
-ToMain = SchedulerHello | Finished | TrainerHello | TrainerReady | StepDone | StepFailed
+class Voted(_Message, kw_only=True, frozen=True):
+    """A vote on a completion is on disk: its rows will be wanted."""
+
+    rid: str
+
+
+class AskRows(_Message, kw_only=True, frozen=True):
+    """How is the activation pool?"""
+
+
+class RowStats(_Message, kw_only=True, frozen=True):
+    stats: bytes
+    """JSON, see `ActivationPool.stats`."""
+
+
+ToMain = SchedulerHello | Finished | TrainerHello | TrainerReady | StepDone | StepFailed | RowStats
 ToTrainer = Welcome | Train | Stop | CheckedOut
-ToScheduler = CheckOut | CheckIn
+ToScheduler = CheckOut | CheckIn | Voted | AskRows
 
 _encoder = msgspec.msgpack.Encoder()
 _to_main: msgspec.msgpack.Decoder[ToMain] = msgspec.msgpack.Decoder(ToMain)

@@ -6,6 +6,7 @@ import enum
 from typing import Any
 
 from alchemist.protocol.machine import Machine
+from alchemist.protocol.rows import ROW, RowEvent, RowState
 
 
 class TrainerState(enum.IntEnum):
@@ -85,4 +86,12 @@ LEASE = Machine(
     },
 )
 
-MACHINES: tuple[Machine[Any, Any], ...] = (TRAINER, LEASE)
+RECORDED_ROW = Machine(
+    name="recorded row",
+    about="Where one token's recorded activations are. The pool moves them, many at a time; see `protocol/rows.py`.",
+    initial=RowState.FREE,
+    events=RowEvent,
+    table=ROW,
+)
+
+MACHINES: tuple[Machine[Any, Any], ...] = (TRAINER, LEASE, RECORDED_ROW)

@@ -12,8 +12,8 @@ from alchemist.protocol.states import MACHINES
 PAGE = Path(__file__).parents[1] / "docs" / "machines.md"
 _HEAD = """# State machines
 
-Drawn by `python scripts/draw_machines.py` from the tables in `protocol/states.py`, which the running code goes through:
-what has no arrow here is refused with a `LocalProtocolError`, and the state stays as it was.
+Drawn by `python scripts/draw_machines.py` from the tables of `protocol/states.py`, which the running code goes through:
+what has no arrow here is refused.
 """
 
 

@@ -132,10 +132,13 @@ class Ours:
         """
         shape, layout = self.shape, self.shape.row_layout(self.weights.dtype)
         total = sum(len(s.prompt_ids) for s in samples)
-        kv = (total, shape.num_kv_heads, shape.head_dim)
-        pool = [torch.zeros(total, layout.width) for _ in range(shape.num_layers)]
+        # As a server has them: a token's own slot first, then the borrowed ones of every row.
+        size = layout.slots_per_row
+        kv = (total * (1 + size), shape.num_kv_heads, shape.head_dim)
         k = [torch.zeros(kv) for _ in range(shape.num_layers)]
         v = [torch.zeros(kv) for _ in range(shape.num_layers)]
+        host = [torch.zeros(0, layout.width) for _ in range(shape.num_layers)]
+        cells = torch.arange(total, kv[0]).view(total, size)
         gens = torch.ones(total, dtype=torch.int64)
         replay = self.engine.replay(Phases(torch.device("cpu")))
         counts = num_recorded or [len(s.prompt_ids) for s in samples]
@@ -145,18 +148,25 @@ class Ours:
             batch = TokenBatch([(sample.prompt_ids, [0])], [], [None], torch.device("cpu"))
             kept = replay.forward(batch, self.adapter, gradient=True).kept
             for layer, values in enumerate(kept):
-                for field, (column, width) in layout.fields.items():
+                planes = [t[total:].view(total, -1) for t in (k[layer], v[layer])]
+                for field, (_, width) in layout.fields.items():
+                    if field in ("keys", "values"):
+                        continue
                     value: Tensor = getattr(values, field)
                     # The last layer keeps, beyond keys and values, only its final token.
                     end = start + n
-                    pool[layer][end - value.shape[0] : end, column : column + width] = value
+                    for plane, first, num_cells, offset in layout.parts(field):
+                        part = value[:, offset : min(width, offset + num_cells * layout.cell)]
+                        column = first * layout.cell
+                        target = planes[plane][end - value.shape[0] : end]
+                        target[:, column : column + part.shape[1]] = part
                 k[layer][start : start + n] = values.keys
                 v[layer][start : start + n] = values.values
             slots = torch.arange(start, start + n)
             rows = torch.where(slots < start + count, slots, -1)
             taken.append(dataclasses.replace(sample, recorded=Recorded(rows, slots, gens[slots])))
             start += n
-        self.engine.view = ActivationView(layout, pool, k, v, gens)
+        self.engine.view = ActivationView(layout, host, k, v, gens, cells)
         return taken
 
     def step(

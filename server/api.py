@@ -53,7 +53,7 @@ class Service(Protocol):
     @property
     def ledger(self) -> Ledger: ...
 
-    def wake(self) -> None:
+    async def voted(self, completion_id: str) -> None:
         """A vote was stored."""
 
     def num_recorded(self, rid: str) -> int:
@@ -125,7 +125,7 @@ def _add_feedback(router: APIRouter, service: Service) -> None:
         vote = await _read(FeedbackRequest, request, service.config.max_feedback_bytes)
         answer = ledger.put_feedback(vote.to_vote(), idempotency_key=idempotency_key or None)
         feedback, is_created = await answer
-        service.wake()
+        await service.voted(feedback.completion_id)
         return JSONResponse(feedback_object(feedback), 201 if is_created else 200)
 
     @router.get("/v1/feedback")

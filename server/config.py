@@ -120,9 +120,18 @@ class Config:
     record: Literal["prefill", "none"] = "prefill"
     """Which activations serving keeps for training: prefill or none (default: prefill)."""
 
-    activation_memory_bytes: int = 0
-    """Memory for recorded activations: a number in GiB, or with a unit as in 512MiB or 2GiB; auto:
-    a tenth of what is free at launch, at most 8 GiB (default: auto)."""
+    activation_device_fraction: float = 1.0
+    """Share of the KV cache's slots that recorded activations may borrow while serving does not need
+    them, above 0 up to 1 (default: 1)."""
+
+    activation_host_bytes: int = -1
+    """Memory for copies of recorded activations, which outlive the KV cache: a number in GiB, or with a
+    unit as in 512MiB; 0: no copies; auto: a tenth of what is free at launch, at most 8 GiB and four times
+    the KV cache's tokens (default: auto). Also --activation-memory."""
+
+    activation_eviction: Literal["value", "lru"] = "value"
+    """Which recorded activations go first when room is short: those least likely to meet a vote still, by
+    the delays of the votes so far, or the least recently used (default: value)."""
 
     lease_policy: Literal["idle", "share", "slo", "none"] = "idle"
     """When the trainer may run. idle: only while no request is in flight; share: also for --lease-share of the time
@@ -193,10 +202,12 @@ class Config:
             self, "target_modules", is_known, "all-linear or some of " + ",".join(LINEAR_MODULES)
         )
         _require(self, "data_dir", bool(self.data_dir), "a path")
+        fraction = self.activation_device_fraction
+        _require(self, "activation_device_fraction", 0 < fraction <= 1, "above 0, up to 1")
         physical = physical_memory_bytes()
-        fits = 0 <= self.activation_memory_bytes <= physical
+        fits = self.activation_host_bytes <= physical
         has = f"auto, or up to the {physical / 2**30:.1f} GiB this machine has"
-        _require(self, "activation_memory_bytes", fits, has)
+        _require(self, "activation_host_bytes", fits, has)
         ordered = tuple(m for m in LINEAR_MODULES if m in modules)
         object.__setattr__(self, "target_modules", ordered)
         object.__setattr__(self, "lora_alpha", float(self.lora_alpha or 2 * self.lora_rank))
@@ -264,7 +275,7 @@ _NUMBERS = {
 def _require(config: Config, name: str, is_allowed: bool, allowed: str) -> None:
     if not is_allowed:
         value = getattr(config, name)
-        if name == "activation_memory_bytes":
+        if name == "activation_host_bytes":
             value = f"{value / 2**30:.1f} GiB"
         raise ValueError(f"{_option_name(name)} is {value!r}; allowed: {allowed}")
 
@@ -282,8 +293,8 @@ def physical_memory_bytes() -> int:
     return total
 
 
-def auto_activation_bytes(free_bytes: int) -> int:
-    """What `--activation-memory auto` means with `free_bytes` free on the device of the pool."""
+def auto_host_bytes(free_bytes: int) -> int:
+    """What `--activation-host-gb auto` means at most, with `free_bytes` free."""
     return min(free_bytes // 10, 8 * 2**30)
 
 
@@ -330,12 +341,13 @@ def is_embedded(sglang_argv: Sequence[str], sglang_mapping: Mapping[str, Any]) -
 
 
 def _option_name(name: str) -> str:
-    return "--" + name.removesuffix("_bytes" if name.startswith("activation") else "").replace(
-        "_", "-"
-    )
+    if name == "activation_host_bytes":
+        return "--activation-host-gb"
+    return "--" + name.replace("_", "-")
 
 
 _OPTIONS = {_option_name(f.name): f.name for f in fields(Config)} | {"--config": "config"}
+_SYNONYMS = {"--activation-memory": "activation_host_bytes"}
 
 
 def _split(argv: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
@@ -344,7 +356,7 @@ def _split(argv: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
     words = iter(argv)
     for word in words:
         option, has_value, value = word.partition("=")
-        name = _OPTIONS.get(option)
+        name = _OPTIONS.get(option) or _SYNONYMS.get(option)
         if name is None:
             theirs.append(word)
         elif name == "no_train":
@@ -391,7 +403,7 @@ def _from_file(path: str) -> tuple[dict[str, Any], dict[str, Any]]:
 def _read(name: str, value: object) -> Any:
     """The value of a field from a word (command line, environment) or a YAML scalar or list."""
     kind = _kind(name)
-    if name == "activation_memory_bytes":
+    if name == "activation_host_bytes":
         return _read_bytes(value)
     if name == "target_modules":
         words = value if isinstance(value, list) else str(value).split(",")
@@ -419,13 +431,13 @@ def _read(name: str, value: object) -> Any:
 
 def _read_bytes(value: object) -> int:
     if value == "auto":
-        return 0
+        return -1
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-zA-Z]*)", str(value).strip())
     unit = _UNITS.get(match[2].lower()) if match else None
-    if match is None or unit is None or (count := int(float(match[1]) * unit)) == 0:
-        allowed = "auto, a number in GiB above 0, or one with a unit (512MiB, 2GiB)"
-        raise UsageError(f"--activation-memory is {value!r}; allowed: {allowed}")
-    return count
+    if match is None or unit is None:
+        allowed = "auto, a number in GiB, or one with a unit (512MiB, 2GiB)"
+        raise UsageError(f"--activation-host-gb is {value!r}; allowed: {allowed}")
+    return int(float(match[1]) * unit)
 
 
 def _field_docs() -> dict[str, str]:
@@ -472,5 +484,5 @@ def _metavar(name: str) -> str:
     kind = _kind(name)
     if name in _CHOICES:
         return "{" + ",".join(_CHOICES[name]) + "}"
-    special = {"data_dir": "DIR", "activation_memory_bytes": "SIZE", "target_modules": "MODULES"}
+    special = {"data_dir": "DIR", "activation_host_bytes": "SIZE", "target_modules": "MODULES"}
     return special.get(name, "N" if kind is int else "X")

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from array import array
 from typing import Any
 
+import msgspec
 import psutil
 import torch
 import zmq
@@ -21,14 +23,20 @@ from alchemist.protocol.layout import RowLayout
 from alchemist.protocol.lease import Lease
 from alchemist.protocol.shm import TensorHandle
 from alchemist.protocol.tensors import Arena, dtype_name
-from alchemist.server.config import auto_activation_bytes
-from alchemist.server.pool import ActivationPool
+from alchemist.server.config import auto_host_bytes
+from alchemist.server.lender import Lender
+from alchemist.server.pool import ActivationPool, CheckedOut, Ids
 from alchemist.server.recorder import Recorder
 from alchemist.server.run import Run
 
 logger = logging.getLogger(__name__)
 
 _HEALTH_CHECK = "HEALTH_CHECK"
+
+PORTION_BYTES = 1 << 20
+"""Copied to the host at a time: a fraction of a millisecond, which is how long a new request may wait for it."""
+APPRAISE_S = 1.0
+"""How often the rows' values are brought up to date, at most."""
 
 
 class Engine:
@@ -52,7 +60,9 @@ class Engine:
         self.pool: ActivationPool | None = None
         self.recorder: Recorder | None = None
         self._logprobs: dict[str, list[tuple[int, torch.Tensor, int]]] = {}
-        self._tickets: dict[tuple[bytes, int], list[tuple[torch.Tensor, torch.Tensor]]] = {}
+        self._tickets: dict[tuple[bytes, int], list[tuple[Ids, Ids]]] = {}
+        self._rows_per_portion = 1
+        self._appraised = 0.0
 
     # Memory
 
@@ -107,11 +117,14 @@ class Engine:
         self._share_weights(runner.model)
         if self.config.record == "prefill":
             self._make_pool(runner, layout)
-        rows, row_gen = self.pool.handles if self.pool else ([], None)
+        rows = None
+        if self.pool is not None:
+            host, gens, cells = self.pool.handles
+            rows = messages.SharedRows(host=host, gens=gens, cells=cells)
         assert self._weights is not None
         k, v = self._kv_handles
         return messages.SharedMemory(
-            layout=layout, weights=self._weights.handles, k=k, v=v, rows=rows, row_gen=row_gen
+            layout=layout, weights=self._weights.handles, k=k, v=v, rows=rows
         )
 
     def _share_weights(self, model: torch.nn.Module) -> None:
@@ -128,30 +141,58 @@ class Engine:
             parameter.data = shared
 
     def _make_pool(self, runner: Any, layout: RowLayout) -> None:
-        num_slots = runner.token_to_kv_pool.k_buffer[0].shape[0]
-        available = psutil.virtual_memory().available
-        num_bytes = self.config.activation_memory_bytes or auto_activation_bytes(available)
-        num_rows = min(num_slots, num_bytes // layout.row_bytes)
-        if num_rows < 1:
+        kv, config = runner.token_to_kv_pool, self.config
+        num_slots = kv.k_buffer[0].shape[0]
+        num_device_rows = (
+            int((num_slots - layout.page_size) * config.activation_device_fraction)
+            // layout.slots_per_row
+        )
+        if num_device_rows < 1:
             raise RuntimeError(
-                f"--activation-memory {num_bytes} bytes holds no row; one token of this model takes "
+                f"--activation-device-fraction {config.activation_device_fraction} of {num_slots} KV slots holds "
+                f"no row; one token of this model takes {layout.slots_per_row} slots"
+            )
+        lender = Lender(runner.token_to_kv_pool_allocator)
+        self.pool = ActivationPool(
+            layout,
+            kv.k_buffer,
+            kv.v_buffer,
+            lender,
+            num_device_rows=num_device_rows,
+            num_host_rows=self._num_host_rows(layout, num_slots),
+            eviction=config.activation_eviction,
+        )
+        self.recorder = Recorder(runner.model, layout, self.pool)
+        self.pool.install()
+        self._rows_per_portion = max(1, PORTION_BYTES // layout.row_bytes)
+        logger.info(
+            "activation pool: up to %d rows, in %d free KV slots each, of %d; "
+            "%d rows of %d bytes on the host (%.2f GiB)",
+            num_device_rows,
+            layout.slots_per_row,
+            num_slots,
+            self.pool.num_host_rows,
+            layout.row_bytes,
+            self.pool.num_host_rows * layout.row_bytes / 2**30,
+        )
+
+    def _num_host_rows(self, layout: RowLayout, num_slots: int) -> int:
+        available = psutil.virtual_memory().available
+        num_bytes = self.config.activation_host_bytes
+        if num_bytes < 0:
+            # More than a few times what the KV cache remembers is seldom voted on.
+            return min(4 * num_slots, auto_host_bytes(available) // layout.row_bytes)
+        if num_bytes > available:
+            raise RuntimeError(
+                f"--activation-host-gb asks for {num_bytes} bytes; {available} bytes are free"
+            )
+        num_rows = num_bytes // layout.row_bytes
+        if num_bytes and not num_rows:
+            raise RuntimeError(
+                f"--activation-host-gb {num_bytes} bytes holds no row; one token of this model takes "
                 f"{layout.row_bytes} bytes"
             )
-        if num_rows * layout.row_bytes > available:
-            raise RuntimeError(
-                f"--activation-memory asks for {num_rows * layout.row_bytes} bytes; {available} bytes are free"
-            )
-        allocator = runner.token_to_kv_pool_allocator
-        self.pool = ActivationPool(layout, num_rows, num_slots, allocator.page_size)
-        self.recorder = Recorder(runner.model, layout, self.pool)
-        _follow(allocator, self.pool)
-        logger.info(
-            "activation pool: %d rows of %d bytes (%.2f GiB) for %d KV slots",
-            num_rows,
-            layout.row_bytes,
-            num_rows * layout.row_bytes / 2**30,
-            num_slots,
-        )
+        return num_rows
 
     # Forward passes
 
@@ -159,7 +200,7 @@ class Engine:
         """Whether this forward is being recorded."""
         if self.recorder is None or not batch.forward_mode.is_extend():
             return False
-        self.recorder.begin(batch.out_cache_loc)
+        self.recorder.begin(batch.out_cache_loc, batch.positions)
         return True
 
     def end_forward(self) -> None:
@@ -196,7 +237,7 @@ class Engine:
         recorded = 0
         if self.pool is not None and req.req_pool_idx is not None:
             slots = tree_cache.req_to_token_pool.req_to_token[req.req_pool_idx, : len(prompt)]
-            recorded = int((self.pool.lookup(slots.long()) >= 0).sum())
+            recorded = self.pool.num_held(req.rid, slots.long(), len(prompt))
         reason = req.finished_reason.to_json()["type"] if req.finished_reason else "abort"
         self._control.send(
             messages.encode(
@@ -212,6 +253,12 @@ class Engine:
                 )
             )
         )
+
+    def released(self, req: Any, tree_cache: Any) -> None:
+        """The request's KV is in the tree now, under slots that may be others' (those of an equal prefix)."""
+        if self.pool is not None and not req.rid.startswith(_HEALTH_CHECK):
+            slots = match_slots(tree_cache, list(req.origin_input_ids), req.extra_key)
+            self.pool.finish(req.rid, slots, len(req.origin_input_ids), time.monotonic())
 
     # The scheduler's loop
 
@@ -231,6 +278,22 @@ class Engine:
             self.lease.set_engine_busy(False)
             # What was sampled past the end of an aborted request belongs to nobody.
             self._logprobs.clear()
+            self._keep_house(scheduler)
+
+    def _keep_house(self, scheduler: Any) -> None:
+        """What the pool has to do when nobody waits: appraise, and copy to the host, a portion at a time."""
+        if self.pool is None or self.recorder is None:
+            return
+        now = time.monotonic()
+        if now - self._appraised > APPRAISE_S:
+            self.pool.appraise(now)
+            self._appraised = now
+        self.recorder.flush()
+        sleeper = scheduler.idle_sleeper
+        while self.pool.hedge(self._rows_per_portion):
+            # A scheduler that does not sleep comes back by itself.
+            if sleeper is None or not self.lease.is_granted or sleeper.poller.poll(0):
+                return
 
     # The row desk: the trainer asks which rows hold a completion's tokens
 
@@ -258,30 +321,40 @@ class Engine:
                 continue
             if isinstance(message, messages.CheckOut):
                 self._desk.send_multipart([peer, messages.encode(self._check_out(peer, message))])
+            elif isinstance(message, messages.AskRows):
+                stats = self.pool.stats() if self.pool is not None else {}
+                answer = messages.RowStats(stats=msgspec.json.encode(stats))
+                self._desk.send_multipart([peer, messages.encode(answer)])
+            elif self.pool is None:
+                continue
+            elif isinstance(message, messages.Voted):
+                self.pool.voted(message.rid, time.monotonic())
             else:
-                for rows, gens in self._tickets.pop((peer, message.ticket), ()):
-                    if self.pool is not None:
-                        self.pool.check_in(rows, gens)
+                self._check_in((peer, message.ticket))
+                for rid in message.consumed:
+                    self.pool.consumed(rid)
 
     def _check_out(self, peer: bytes, message: messages.CheckOut) -> messages.CheckedOut:
         # A new trainer has a new identity: what a dead one held is given back here.
         for other in [key for key in self._tickets if key[0] != peer]:
-            for rows, gens in self._tickets.pop(other):
-                if self.pool is not None:
-                    self.pool.check_in(rows, gens)
-        items: list[tuple[bytes, bytes, bytes]] = []
+            self._check_in(other)
+        places: list[messages.Places | None] = []
         held = self._tickets.setdefault((peer, message.ticket), [])
-        for extra_key, token_ids in message.items:
+        for prompt in message.prompts:
             if self.pool is None:
-                items.append((b"", b"", b""))
+                places.append(None)
                 continue
-            slots = match_slots(
-                self._scheduler.tree_cache, messages.unpack_ids(token_ids), extra_key
-            )
-            rows, gens = self.pool.check_out(slots)
-            held.append((rows, gens))
-            items.append((_bytes(slots), _bytes(rows), _bytes(gens)))
-        return messages.CheckedOut(ticket=message.ticket, items=items)
+            token_ids = messages.unpack_ids(prompt.token_ids)
+            slots = match_slots(self._scheduler.tree_cache, token_ids, prompt.extra_key)
+            found = self.pool.check_out(prompt.rid, slots, len(token_ids))
+            held.append(found.ticket)
+            places.append(_places(found) if (found.rows >= 0).any() else None)
+        return messages.CheckedOut(ticket=message.ticket, places=places)
+
+    def _check_in(self, key: tuple[bytes, int]) -> None:
+        assert self.pool is not None
+        for ticket in self._tickets.pop(key, ()):
+            self.pool.check_in(ticket)
 
     def close(self) -> None:
         self._context.destroy(linger=1000)
@@ -291,6 +364,7 @@ def layout_of(runner: Any) -> RowLayout:
     """Row layout of a loaded model."""
     config = runner.model_config.hf_text_config
     attention = runner.model.model.layers[0].self_attn
+    keys = runner.token_to_kv_pool.k_buffer[0]
     return RowLayout(
         num_layers=config.num_hidden_layers,
         hidden_size=config.hidden_size,
@@ -300,6 +374,8 @@ def layout_of(runner: Any) -> RowLayout:
         intermediate_size=config.intermediate_size,
         has_qk_norm=hasattr(attention, "q_norm"),
         dtype=dtype_name(runner.dtype),
+        cell=keys[0].numel() * keys.element_size() // runner.dtype.itemsize,
+        page_size=runner.token_to_kv_pool_allocator.page_size,
     )
 
 
@@ -328,26 +404,11 @@ def match_slots(tree: Any, token_ids: list[int], extra_key: str | None) -> torch
     return torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64)
 
 
-def _follow(allocator: Any, pool: ActivationPool) -> None:
-    """End rows when the allocator frees their slots. On the instance: subclasses override these methods freely."""
-    free, free_segment, clear = allocator.free, allocator.free_segment, allocator.clear
-
-    def free_and_end(free_index: torch.Tensor) -> None:
-        pool.free_slots(free_index)
-        free(free_index)
-
-    def free_segment_and_end(free_index: torch.Tensor, *, start_pos: int) -> None:
-        pool.free_slots(free_index)
-        free_segment(free_index, start_pos=start_pos)
-
-    def clear_and_end() -> None:
-        pool.clear()
-        clear()
-
-    allocator.free = free_and_end
-    allocator.free_segment = free_segment_and_end
-    allocator.clear = clear_and_end
-
-
-def _bytes(tensor: torch.Tensor) -> bytes:
-    return bytes(tensor.to(torch.int64).numpy().tobytes())
+def _places(found: CheckedOut) -> messages.Places:
+    return messages.Places(
+        slots=found.slots.tobytes(),
+        rows=found.rows.tobytes(),
+        gens=found.gens.tobytes(),
+        hedge_rows=found.hedge_rows.tobytes(),
+        hedge_gens=found.hedge_gens.tobytes(),
+    )

@@ -64,9 +64,13 @@ def scheduler_hooks(engine: Engine) -> list[Hook]:
     def release_kv_cache(
         original: Any, req: Any, tree_cache: Any, *args: Any, **kwargs: Any
     ) -> Any:
-        if req.finished():
+        has_finished = req.finished()
+        if has_finished:
             engine.finished(req, tree_cache)
-        return original(req, tree_cache, *args, **kwargs)
+        result = original(req, tree_cache, *args, **kwargs)
+        if has_finished:
+            engine.released(req, tree_cache)
+        return result
 
     runner = f"{_S}.model_executor.model_runner.ModelRunner"
     scheduler = f"{_S}.managers.scheduler.Scheduler"

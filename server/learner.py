@@ -27,6 +27,7 @@ from alchemist.server.errors import Conflict
 from alchemist.server.ledger import Ledger
 from alchemist.server.publisher import Publisher, PublishRefused
 from alchemist.server.records import TrainingItem
+from alchemist.server.row_link import RowLink
 from alchemist.server.run import Run
 from alchemist.server.samples import train_samples
 from alchemist.server.trainer_link import TrainerGone, TrainerLink
@@ -81,6 +82,7 @@ class Learner:
             self._trainer_ready,
             self._trainer_ended,
         )
+        self._rows = RowLink(self._context, run.rows_address())
         self._manager = manager
         self._hello: messages.SchedulerHello | None = None
         self._hello_came = asyncio.Event()
@@ -234,6 +236,12 @@ class Learner:
             self._metrics.on_trainer_restart()
 
     # Training
+
+    async def voted(self, completion_id: str) -> None:
+        """A vote was stored."""
+        if not self.config.no_train:
+            await self._rows.voted(completion_id)
+        self.wake()
 
     def wake(self) -> None:
         """Something may have become trainable."""
@@ -460,6 +468,7 @@ class Learner:
             "reference": self.config.reference,
             "last_step": self.last_step,
             "last_error": self.last_error,
+            "activations": {} if self.config.no_train else await self._rows.stats(),
             "trainer": {
                 "pid": self.trainer.process.pid,
                 "restarts": self.trainer.process.num_restarts,

@@ -209,9 +209,9 @@ def _check(config: Config, server_args: Any) -> None:
         except ValueError as error:
             raise LaunchError(f"--{error}") from None
     free = psutil.virtual_memory().available
-    if config.activation_memory_bytes > free and config.record != "none" and not config.no_train:
+    if config.activation_host_bytes > free and config.record != "none" and not config.no_train:
         raise LaunchError(
-            f"--activation-memory is {config.activation_memory_bytes / 2**30:.1f} GiB; "
+            f"--activation-host-gb is {config.activation_host_bytes / 2**30:.1f} GiB; "
             f"allowed: auto, or up to the {free / 2**30:.1f} GiB that are free"
         )
     _check_model(config, server_args.model_path)

@@ -1,173 +1,515 @@
-"""The activation pool: rows of activations, found by KV slot.
+"""The activation pool: recorded rows of prompt tokens, in KV slots that serving does not use and on the host.
 
-`row_of_slot[slot]` names the row that holds the activations of the token whose keys and values are in `slot` (−1:
-none). Whoever holds a slot therefore holds its row: a radix prefix hit reuses rows as it reuses slots, and a completion
-that shares a recorded system prompt shares its rows. A row ends when its slot is freed, when its slot is written again,
-or when rows run short and it is the least recently used one that nobody has checked out.
+A row belongs to one token and is found by the token's own KV slot: whoever holds a slot holds its row, so a radix
+prefix hit reuses rows as it reuses slots, and completions that share a recorded system prompt share its rows. When the
+token leaves the KV cache, its row lives on only on the host, for completions that may still be voted on. What can
+happen to a row is `protocol.rows.ROW`, and every change here goes through that table.
 
-`row_gen[row]` lies in shared memory and is raised the moment a row stops being what it was, before anything new is
-written into it: a reader in another process compares it after reading and so never uses a torn row. `check_out` raises
-the row's reference count, which keeps it from being taken for another token; it cannot keep the slot (serving's need
-for KV comes first), so a reader must still look at the generation.
+The device tier borrows free KV slots (`lender.py`) and gives them back the instant serving allocates, in this order:
+borrowed slots without a row; rows that have a copy on the host, least valuable first; rows without one; rows that the
+trainer is reading. Nothing waits for a copy. `hedge` makes the copies, in small portions, when nobody waits.
 
-One thread, the scheduler's, calls everything here.
+`gens` lies in shared memory, a number for every place on the device and on the host. It is raised the moment a place
+stops being what it was, before anything new is written there: a reader in another process compares it after reading,
+and so never uses a torn row.
+
+One thread, the scheduler's, calls everything here. Bookkeeping is numpy's: a few microseconds a call.
 """
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
 import torch
 
 from alchemist.protocol.layout import RowLayout
+from alchemist.protocol.rows import ROW, RowEvent, RowState
 from alchemist.protocol.shm import TensorHandle
 from alchemist.protocol.tensors import Arena
+from alchemist.server.appraisal import Completion, FeedbackDelays, worth
+from alchemist.server.lender import Lender
+from alchemist.server.tiers import DeviceTier, HostTier
+
+Ids = np.ndarray
+"""int64 [n]: records, rows, slots or generations."""
+
+_ON_DEVICE = np.array([s in (RowState.DEVICE, RowState.HEDGED) for s in RowState])
+_ON_HOST = np.array([s in (RowState.HEDGED, RowState.HOSTED, RowState.DETACHED) for s in RowState])
+
+
+def _next_states(event: RowEvent) -> np.ndarray:
+    return np.array([ROW.get((state, event), -1) for state in RowState], dtype=np.int8)
+
+
+_NEXT = {event: _next_states(event) for event in RowEvent}
+
+
+class CheckedOut(NamedTuple):
+    """Where a prompt's tokens are, by position; row −1: nowhere."""
+
+    slots: Ids
+    rows: Ids
+    gens: Ids
+    hedge_rows: Ids
+    hedge_gens: Ids
+    ticket: tuple[Ids, Ids]
+    """For `check_in`."""
 
 
 class ActivationPool:
-    """`num_rows` rows of `layout` in shared memory, and the tables that find them.
+    """Rows of one model's prompt tokens.
 
     Attributes:
-        data: per layer [num_rows, layout.width] of the serving dtype.
-        row_gen: [num_rows] int64, shared.
-        row_of_slot: [num_slots] int64.
+        gens: [device rows + host rows] int64, shared.
+        record_of_slot: [num_slots] the record of the token in each KV slot, −1: none.
     """
 
     def __init__(
-        self, layout: RowLayout, num_rows: int, num_slots: int, page_size: int = 1
+        self,
+        layout: RowLayout,
+        k: Sequence[torch.Tensor],
+        v: Sequence[torch.Tensor],
+        lender: Lender,
+        *,
+        num_device_rows: int,
+        num_host_rows: int,
+        eviction: str = "value",
     ) -> None:
         """Args:
-        num_slots: size of the KV pool's first dimension (dummy slot and page padding included).
-        page_size: freeing any slot of a page frees the page.
+        k, v: the KV pool's buffers, per layer [num_slots, n_kv, d], dummy slot and page padding included.
+        num_device_rows: rows that may be in borrowed slots at a time.
+        eviction: which rows go first: `value` (see `appraisal.py`) or `lru`.
         """
-        self.layout = layout
-        self.num_rows = num_rows
-        self.page_size = page_size
-        dtype = getattr(torch, layout.dtype)
-        specs: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
-            str(layer): ((num_rows, layout.width), dtype) for layer in range(layout.num_layers)
+        self.layout, self._lender = layout, lender
+        self.num_device_rows, self.num_host_rows = num_device_rows, num_host_rows
+        self._eviction = eviction
+        num_slots, num_records = k[0].shape[0], num_device_rows + num_host_rows
+        specs = {
+            "gens": ((num_records,), torch.int64),
+            "cells": ((num_device_rows, layout.slots_per_row), torch.int64),
         }
-        specs["row_gen"] = ((num_rows,), torch.int64)
-        self._arena = Arena("rows", specs, populate=True)
-        self.data = [self._arena.tensors[str(layer)] for layer in range(layout.num_layers)]
-        self.row_gen = self._arena.tensors["row_gen"]
-        self.row_of_slot = torch.full((num_slots,), -1, dtype=torch.int64)
-        self._slot_of_row = torch.full((num_rows,), -1, dtype=torch.int64)
-        self._refs = torch.zeros(num_rows, dtype=torch.int64)
-        self._last_used = torch.zeros(num_rows, dtype=torch.int64)
-        self._free = torch.arange(num_rows, dtype=torch.int64)
+        self._tables = Arena("row-tables", specs, populate=True)
+        self.gens = self._tables.tensors["gens"].numpy()
+        self.device = DeviceTier(layout, k, v, self._tables.tensors["cells"])
+        self.host = HostTier(layout, num_host_rows)
+        # By record.
+        self.state = np.zeros(num_records, np.int8)
+        self._gen, self._refs, self._wants = np.zeros((3, num_records), np.int64)
+        self._slot, self._device, self._host = np.full((3, num_records), -1)
+        self._value, self._cost = np.zeros((2, num_records))
+        # By what finds a record.
+        self.record_of_slot = np.full(num_slots, -1)
+        self._record_of_device = np.full(num_device_rows, -1)
+        self._free_records = _Stack(np.arange(num_records))
+        self._free_host = _Stack(np.arange(num_host_rows))
+        self._without_slots = _Stack(np.arange(num_device_rows))
+        self._spare = _Stack(np.arange(0))
+        """Device rows with borrowed slots and without a record."""
+        self._to_hedge: deque[tuple[Ids, Ids]] = deque()
+        self._completions: dict[str, Completion] = {}
+        self._num_wanted = 0
+        self.delays = FeedbackDelays()
+        self._prior = self.delays.prior
+        self._half_flops = layout.half_flops_position
         self._tick = 0
         self.num_lost = 0
-        """Tokens that were to be recorded and found no row."""
+        """Tokens that were to be recorded and found no room."""
+        self.num_dropped = 0
+        """Rows that ended without a copy because their slots were wanted."""
+        self.num_hedged = 0
+        self.num_asked = 0
+        """Prompt tokens of completions that were voted on, and how many of them had a row when the vote came."""
+        self.num_found = 0
 
     @property
-    def handles(self) -> tuple[list[TensorHandle], TensorHandle]:
-        """Handles of the row tensors, one a layer, and of `row_gen`."""
-        handles = self._arena.handles
-        return [handles[str(layer)] for layer in range(self.layout.num_layers)], handles["row_gen"]
+    def handles(self) -> tuple[list[TensorHandle], TensorHandle, TensorHandle]:
+        """Handles of the host rows, one tensor a layer, of `gens` and of the device rows' cells."""
+        return self.host.handles, self._tables.handles["gens"], self._tables.handles["cells"]
 
-    @property
-    def num_free(self) -> int:
-        return self._free.numel()
+    def install(self) -> None:
+        """Begin to borrow."""
+        self._lender.install(self.give_back, self.free_slots, self.clear)
 
-    def alloc(self, slots: torch.Tensor) -> torch.Tensor | None:
-        """Take one row for each slot; whatever rows the slots had end.
+    # Recording
+
+    def record(self, slots: torch.Tensor, positions: torch.Tensor) -> Ids:
+        """Begin rows for tokens; what the slots had ends.
 
         Args:
             slots: [n] int64, distinct, without the dummy slot 0.
+            positions: [n] of the tokens in their sequences.
 
         Returns:
-            [n] int64 rows, or None when there are not enough: all or nothing.
+            [m] device rows of the first m ≤ n tokens: as many as there is room for.
         """
         self.free_slots(slots)
-        count = slots.numel()
-        if count > self._free.numel():
-            self._evict(count - self._free.numel())
-        if count > self._free.numel():
-            self.num_lost += count
-            return None
-        rows = self._take(count)
+        count = self._provide(slots.numel())
+        self.num_lost += slots.numel() - count
+        rows, records = self._take_spare(count), self._free_records.pop(count)
+        own = slots[:count].numpy()
+        self.record_of_slot[own] = records
+        self._record_of_device[rows] = records
+        self._slot[records], self._device[records] = own, rows
+        self._change(records, RowEvent.RECORD)
         self._tick += 1
-        self.row_of_slot[slots] = rows
-        self._slot_of_row[rows] = slots
-        self._last_used[rows] = self._tick
+        self._cost[records] = 1 + positions[:count].numpy() / self._half_flops
+        self._value[records] = (
+            self._tick if self._eviction == "lru" else self._cost[records] * self._prior
+        )
+        if self.num_host_rows and count:
+            self._to_hedge.append((records, self._gen[records]))
         return rows
+
+    def still(self, rows: Ids, gens: Ids) -> np.ndarray:
+        """Which device rows are still what they were when their generations were `gens`: bool [n]."""
+        same: np.ndarray = self.gens[rows] == gens
+        return same
 
     def free_slots(self, slots: torch.Tensor) -> None:
-        """The KV slots were freed: their rows end. Slots without a row are fine."""
-        if self.page_size > 1:
-            pages = torch.unique(slots // self.page_size)
-            slots = (pages[:, None] * self.page_size + torch.arange(self.page_size)).flatten()
-        rows = self.row_of_slot[slots]
-        rows = rows[rows >= 0]
-        if rows.numel():
-            self._end(rows)
+        """The KV slots are freed, or written anew. Slots without a row are fine."""
+        index = slots.numpy()
+        page = self._lender.page_size
+        if page > 1:
+            pages = np.unique(index // page)
+            index = (pages[:, None] * page + np.arange(page)).reshape(-1)
+        records = self.record_of_slot[index]
+        records = records[records >= 0]
+        if not records.size:
+            return
+        self.record_of_slot[self._slot[records]] = -1
+        self._slot[records] = -1
+        wanted = self._wants[records] > 0
+        self._change(records[~wanted], RowEvent.SLOT_FREED)
+        self._change(records[wanted], RowEvent.SLOT_LOST)
 
     def clear(self) -> None:
-        """The KV pool was flushed: every row ends."""
-        held = torch.nonzero(self._slot_of_row >= 0).flatten()
-        if held.numel():
-            self._end(held)
+        """The KV pool is flushed and every loan with it: rows live on on the host only, where they are wanted."""
+        held = self._slot[self._slot >= 0]
+        if held.size:
+            self.free_slots(torch.from_numpy(held))
+        self._without_slots.push(self._spare.pop(len(self._spare)))
 
-    def lookup(self, slots: torch.Tensor) -> torch.Tensor:
-        """Rows of the slots, −1 where there is none; counts as a use."""
-        rows = self.row_of_slot[slots]
-        self._tick += 1
-        self._last_used[rows[rows >= 0]] = self._tick
-        return rows
+    # Lending
 
-    def check_out(self, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Rows of the slots for a reader, and their generations (0 where the row is −1)."""
-        rows = self.lookup(slots)
-        held = rows[rows >= 0]
-        self._refs.index_add_(0, held, torch.ones_like(held))
-        return rows, torch.where(rows >= 0, self.row_gen[rows.clamp(min=0)], 0)
+    def give_back(self, num_slots: int) -> Ids:
+        """At least `num_slots` borrowed slots, or all: whole rows'."""
+        count = -(-num_slots // self.layout.slots_per_row)
+        if count > len(self._spare):
+            self._evict(count - len(self._spare), polite=False)
+        rows = self._spare.pop(min(count, len(self._spare)))
+        self._without_slots.push(rows)
+        slots: Ids = self.device.cells[rows].reshape(-1)
+        return slots
 
-    def check_in(self, rows: torch.Tensor, gens: torch.Tensor) -> None:
-        """The reader is done with what `check_out` gave it. Rows that ended meanwhile have no count left to lower."""
-        same = (rows >= 0) & (self.row_gen[rows.clamp(min=0)] == gens)
-        held = rows[same]
-        self._refs.index_add_(0, held, torch.full_like(held, -1))
+    def _provide(self, count: int) -> int:
+        """Have spare rows for `count` tokens; for how many there are."""
+        size = self.layout.slots_per_row
+        missing = min(count - len(self._spare), len(self._without_slots))
+        if missing > 0:
+            slots = self._lender.borrow(missing * size)
+            found = slots.size // size
+            if slots.size > found * size:
+                self._lender.give(slots[found * size :])
+            rows = self._without_slots.pop(found)
+            self.device.cells[rows] = slots[: found * size].reshape(found, size)
+            self._spare.push(rows)
+        if count > len(self._spare):
+            # A few more than asked for, so that the search is not repeated for every request.
+            missing = count - len(self._spare)
+            self._evict(max(missing, self.num_device_rows // 16), polite=True)
+        return min(count, len(self._spare))
+
+    def _take_spare(self, count: int) -> Ids:
+        """Spare rows, with neighbouring slots if so many are: one plain copy fills those."""
+        spare, size = self._spare, self.layout.slots_per_row
+        if count > 1:
+            rows = spare.all()
+            first = self.device.cells[rows, 0]
+            if not (np.diff(first[-count:]) == size).all():
+                order = np.argsort(first)
+                first = first[order]
+                spans = first[count - 1 :] - first[: first.size - count + 1]
+                (runs,) = np.nonzero(spans == (count - 1) * size)
+                start = int(runs[0]) if runs.size else first.size - count
+                stop = start + count
+                spare.reset(np.concatenate((rows[order[:start]], rows[order[stop:]])))
+                spare.push(rows[order[start:stop]])
+        return spare.pop(count)
+
+    def _evict(self, count: int, *, polite: bool) -> None:
+        """End the device places of up to `count` rows. When polite, none that the trainer is reading."""
+        (rows,) = np.nonzero(self._record_of_device >= 0)
+        records = self._record_of_device[rows]
+        read = self._refs[records] > 0
+        if polite:
+            records, read = records[~read], read[~read]
+        if count < records.size:
+            key = self._value[records] + 1e9 * (self.state[records] == RowState.DEVICE)
+            key[read] += 1e12
+            records = records[np.argpartition(key, count - 1)[:count]]
+        self.num_dropped += int((self.state[records] == RowState.DEVICE).sum())
+        self._change(records, RowEvent.RECLAIM)
+
+    # Hedging
+
+    @property
+    def num_to_hedge(self) -> int:
+        """Rows that wait for their copy; some may have ended meanwhile."""
+        return sum(records.size for records, _ in self._to_hedge)
+
+    def hedge(self, max_rows: int) -> int:
+        """Copy up to `max_rows` rows, with keys and values, to the host; how many. Recorded values must be in place."""
+        while self._to_hedge:
+            records, gens = self._to_hedge.popleft()
+            if records.size > max_rows:
+                self._to_hedge.appendleft((records[max_rows:], gens[max_rows:]))
+                records, gens = records[:max_rows], gens[:max_rows]
+            fresh = (self._gen[records] == gens) & (self.state[records] == RowState.DEVICE)
+            records = records[fresh]
+            if not records.size:
+                continue
+            if records.size > len(self._free_host):
+                self._make_room(records.size - len(self._free_host), self._value[records].min())
+            records = records[: len(self._free_host)]
+            if not records.size:
+                continue
+            to = np.sort(self._free_host.pop(records.size))
+            self.device.copy_to(self.host, self._device[records], self._slot[records], to)
+            self._host[records] = to
+            self._change(records, RowEvent.HEDGE)
+            self.num_hedged += records.size
+            return int(records.size)
+        return 0
+
+    def _make_room(self, count: int, value: float) -> None:
+        """Take up to `count` rows worth less than `value` from the host; none that the trainer is reading."""
+        (records,) = np.nonzero(_ON_HOST[self.state] & (self._refs == 0) & (self._value < value))
+        # Many at a time, so that the search is not repeated for every portion.
+        count = max(count, self.num_host_rows // 64)
+        if count < records.size:
+            records = records[np.argpartition(self._value[records], count - 1)[:count]]
+        self._change(records, RowEvent.UNHEDGE)
+
+    # Completions
+
+    def finish(self, rid: str, slots: torch.Tensor, length: int, now: float) -> None:
+        """A request has ended. It may be voted on from now on.
+
+        Args:
+            slots: of its prompt's prefix that is in the KV cache.
+            length: of the prompt.
+        """
+        records = np.full(length, -1)
+        records[: slots.numel()] = self.record_of_slot[slots.numpy()]
+        held = records[records >= 0]
+        self.forget(rid, now)
+        self._wants[held] += 1
+        self._completions[rid] = Completion(records, self._gen[records], now)
+        self._num_wanted += records.size
+        # What is remembered of completions that nobody votes on is bounded by what rows there are.
+        while self._num_wanted > 4 * self.state.size and len(self._completions) > 1:
+            self.forget(next(iter(self._completions)), now)
+
+    def voted(self, rid: str, now: float) -> None:
+        """A vote on the completion has come: its rows will be read soon."""
+        completion = self._completions.get(rid)
+        if completion is not None and completion.voted is None:
+            completion.voted = now
+            self.delays.came(now - completion.finished)
+            self.num_asked += completion.records.size
+            self.num_found += completion.alive(self._gen).size
+
+    def consumed(self, rid: str) -> None:
+        """The completion's vote was trained."""
+        completion = self._completions.get(rid)
+        if completion is not None:
+            completion.is_consumed = True
+
+    def forget(self, rid: str, now: float) -> None:
+        """Do not keep rows for the completion any longer."""
+        completion = self._completions.pop(rid, None)
+        if completion is None:
+            return
+        if completion.voted is None:
+            self.delays.left(now - completion.finished)
+        self._num_wanted -= completion.records.size
+        records = completion.alive(self._gen)
+        self._wants[records] -= 1
+        self._change(records[self._wants[records] == 0], RowEvent.UNWANTED)
+
+    def appraise(self, now: float) -> None:
+        """Bring the rows' values up to date; what `lru` needs is kept as rows are used."""
+        self._prior = self.delays.prior
+        if self._eviction == "value":
+            chances = worth(
+                self._completions.values(), self._gen, self.delays, now, self.state.size
+            )
+            np.multiply(self._cost, chances, out=self._value)
+
+    # Reading
+
+    def num_held(self, rid: str, slots: torch.Tensor, length: int) -> int:
+        """How many of a prompt's tokens have a row now; `slots`: of its cached prefix."""
+        return int((self._find(rid, slots, length) >= 0).sum())
+
+    def check_out(self, rid: str, slots: torch.Tensor, length: int) -> CheckedOut:
+        """Where the tokens of a completion's prompt are recorded: by the KV cache, else as the completion left them.
+        They are not taken for newer rows until `check_in`; serving may still take their slots.
+
+        Args:
+            slots: of the prompt's prefix that is in the KV cache now.
+            length: of the prompt.
+        """
+        records = self._find(rid, slots, length)
+        held = records[records >= 0]
+        self._refs[held] += 1
+        if self._eviction == "lru":
+            self._tick += 1
+            self._value[held] = self._tick
+        device = np.where(records >= 0, self._device[records], -1)
+        host = np.where(records >= 0, self._host[records], -1)
+        host = np.where(host >= 0, host + self.num_device_rows, -1)
+        rows = np.where(device >= 0, device, host)
+        return CheckedOut(
+            slots=np.where(records >= 0, self._slot[records], 0),
+            rows=rows,
+            gens=np.where(rows >= 0, self.gens[rows], 0),
+            hedge_rows=host,
+            hedge_gens=np.where(host >= 0, self.gens[host], 0),
+            ticket=(held, self._gen[held]),
+        )
+
+    def check_in(self, ticket: tuple[Ids, Ids]) -> None:
+        """The reader is done. Rows that ended meanwhile have no count left to lower."""
+        records, gens = ticket
+        self._refs[records[self._gen[records] == gens]] -= 1
+
+    def _find(self, rid: str, slots: torch.Tensor, length: int) -> Ids:
+        records = np.full(length, -1)
+        found = self.record_of_slot[slots.numpy()[:length]]
+        records[: found.size] = found
+        completion = self._completions.get(rid)
+        if completion is not None and completion.records.size == length:
+            own = np.where(completion.is_alive(self._gen), completion.records, -1)
+            records = np.where(records >= 0, records, own)
+        return records
+
+    # The table at work
+
+    def _change(self, records: Ids, event: RowEvent) -> None:
+        """Apply an event to records, and end the places that they lose by it."""
+        if not records.size:
+            return
+        was = self.state[records]
+        now = _NEXT[event][was]
+        assert (now >= 0).all(), f"{event} in states {set(was[now < 0].tolist())}"
+        self.state[records] = now
+        lost = records[_ON_DEVICE[was] & ~_ON_DEVICE[now]]
+        if lost.size:
+            rows = self._device[lost]
+            # First of all: a reader that sees new content also sees the new generation.
+            self.gens[rows] += 1
+            self._record_of_device[rows] = self._device[lost] = -1
+            self._spare.push(rows)
+        lost = records[_ON_HOST[was] & ~_ON_HOST[now]]
+        if lost.size:
+            rows = self._host[lost]
+            self.gens[rows + self.num_device_rows] += 1
+            self._host[lost] = -1
+            self._free_host.push(rows)
+        ended = records[now == RowState.FREE]
+        if ended.size:
+            slots = self._slot[ended]
+            self.record_of_slot[slots[slots >= 0]] = -1
+            self._slot[ended] = -1
+            self._gen[ended] += 1
+            self._refs[ended] = self._wants[ended] = 0
+            self._free_records.push(ended)
+
+    # Figures
+
+    def stats(self) -> dict[str, Any]:
+        """Counts for metrics: rows by state, backlog, losses, and how long serving waited for its slots."""
+        counts = np.bincount(self.state, minlength=len(RowState))
+        per_1000 = [1e9 * s / slots for slots, s in self._lender.reclaims if slots]
+        return {
+            "rows": {s.name.lower(): int(counts[s]) for s in RowState if s is not RowState.FREE},
+            "device_rows": self.num_device_rows,
+            "host_rows": self.num_host_rows,
+            "slots_borrowed": self._lender.num_lent * self._lender.page_size,
+            "slots_reclaimed": self._lender.num_reclaimed,
+            "reclaim_p99_us_per_1000": float(np.percentile(per_1000, 99)) if per_1000 else None,
+            "hedge_backlog": self.num_to_hedge,
+            "hedged": self.num_hedged,
+            "lost": self.num_lost,
+            "dropped": self.num_dropped,
+            "completions": len(self._completions),
+            "tokens_voted": self.num_asked,
+            "tokens_voted_held": self.num_found,
+        }
 
     def check_integrity(self) -> None:
         """Recompute every derived set from scratch; AssertionError names what does not agree."""
-        held = torch.nonzero(self._slot_of_row >= 0).flatten()
-        assert torch.equal(self.row_of_slot[self._slot_of_row[held]], held), "row ↔ slot"
-        assert int((self.row_of_slot >= 0).sum()) == held.numel(), (
-            "a slot names a row that is not its own"
-        )
-        both = torch.cat((held, self._free)).sort().values
-        assert torch.equal(both, torch.arange(self.num_rows)), "free + held = all"
-        assert int(self._refs.min()) >= 0, "negative count"
-        assert not self._refs[self._free].any(), "a free row has readers"
+        used = self.state != RowState.FREE
+        (records,) = np.nonzero(used)
+        (free,) = np.nonzero(~used)
+        assert set(self._free_records.all()) == set(free), "free records"
+        for place, on, size in (
+            (self._device, _ON_DEVICE, self.num_device_rows),
+            (self._host, _ON_HOST, self.num_host_rows),
+        ):
+            held = place[on[self.state]]
+            assert (place[~on[self.state]] == -1).all(), "a place without a row"
+            assert set(held) <= set(range(size)), "a place that is none"
+            assert len(set(held)) == held.size, "a place twice"
+        (rows,) = np.nonzero(self._record_of_device >= 0)
+        assert (self._device[self._record_of_device[rows]] == rows).all(), "device row ↔ record"
+        unused = [*self._spare.all(), *self._without_slots.all()]
+        assert sorted([*rows, *unused]) == list(range(self.num_device_rows)), "device rows"
+        host = self._host[_ON_HOST[self.state]]
+        assert sorted([*host, *self._free_host.all()]) == list(range(self.num_host_rows)), "host"
+        (slots,) = np.nonzero(self.record_of_slot >= 0)
+        assert (self._slot[self.record_of_slot[slots]] == slots).all(), "slot ↔ record"
+        assert int((self._slot >= 0).sum()) == slots.size, "a record names a slot not its own"
+        has_slot = self._slot[records] >= 0
+        assert (has_slot == (self.state[records] != RowState.DETACHED)).all(), "slots by state"
+        lent = self.device.cells[np.sort([*rows, *self._spare.all()]).astype(int)].reshape(-1)
+        assert len(set(lent)) == lent.size, "a slot borrowed twice"
+        assert lent.size == self._lender.num_lent * self._lender.page_size, "the lender's count"
+        assert (self._refs >= 0).all(), "negative readers"
+        assert (self._refs[free] == 0).all(), "readers of nothing"
+        wants = np.zeros_like(self._wants)
+        for completion in self._completions.values():
+            wants[completion.alive(self._gen)] += 1
+        assert (wants == self._wants).all(), "wants"
 
-    def _take(self, count: int) -> torch.Tensor:
-        """`count` of the free rows: neighbours, if so many are, because one plain copy into them is several times
-        faster than a scatter. Rows come back in the order of eviction, so free neighbours drift apart in the list.
-        """
-        first = 0
-        if not bool((self._free[:count].diff() == 1).all()):
-            self._free = self._free.sort().values
-            spans = self._free[count - 1 :] - self._free[: self._free.numel() - count + 1]
-            runs = torch.nonzero(spans == count - 1)
-            first = int(runs[0]) if runs.numel() else 0
-        rows = self._free[first : first + count]
-        self._free = torch.cat((self._free[:first], self._free[first + count :]))
-        return rows
 
-    def _end(self, rows: torch.Tensor) -> None:
-        # The generation first: a reader that sees new content also sees the new generation.
-        self.row_gen[rows] += 1
-        self.row_of_slot[self._slot_of_row[rows]] = -1
-        self._slot_of_row[rows] = -1
-        self._refs[rows] = 0
-        self._free = torch.cat((self._free, rows.sort().values))
+class _Stack:
+    """Ids, taken from the end."""
 
-    def _evict(self, count: int) -> None:
-        """End at least `count` rows, the least recently used first, if so many are held without a reader."""
-        candidates = torch.nonzero((self._slot_of_row >= 0) & (self._refs == 0)).flatten()
-        # A few more than asked for, so that the search is not repeated for every request.
-        count = min(candidates.numel(), max(count, self.num_rows // 16))
-        if count:
-            oldest = torch.topk(
-                self._last_used[candidates], count, largest=False, sorted=False
-            ).indices
-            self._end(candidates[oldest])
+    def __init__(self, ids: Ids) -> None:
+        self._ids, self._count = ids.astype(np.int64), ids.size
+
+    def __len__(self) -> int:
+        return self._count
+
+    def all(self) -> Ids:
+        return self._ids[: self._count].copy()
+
+    def pop(self, count: int) -> Ids:
+        self._count -= count
+        return self._ids[self._count : self._count + count].copy()
+
+    def push(self, ids: Ids) -> None:
+        end = self._count + ids.size
+        if end > self._ids.size:
+            self._ids = np.concatenate((self._ids[: self._count], ids, np.empty(end, np.int64)))
+        else:
+            self._ids[self._count : end] = ids
+        self._count = end
+
+    def reset(self, ids: Ids) -> None:
+        self._ids, self._count = ids.copy(), ids.size

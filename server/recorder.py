@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from alchemist.protocol.layout import RowLayout
@@ -20,7 +22,7 @@ from alchemist.server.pool import ActivationPool
 
 logger = logging.getLogger(__name__)
 
-_Write = Callable[[torch.Tensor, torch.Tensor], None]
+_Write = Callable[[str, torch.Tensor], None]
 _Hook = Callable[..., None]
 
 
@@ -37,50 +39,37 @@ class Recorder:
         """
         self._pool = pool
         self._taps: list[_Tap] = []
-        self._rows: torch.Tensor | slice = slice(0)
-        self._count = 0
+        self._rows = np.arange(0)
+        self._gens = self._rows
         self.num_recorded = 0
         self._may_defer = _is_functional(model.model.layers[0])
-        self._kept: list[tuple[torch.Tensor, torch.Tensor | slice, torch.Tensor]] = []
+        self._kept: list[tuple[int, str, torch.Tensor]] = []
         self._num_kept_bytes = 0
         q = layout.num_heads * layout.head_dim
-        k = layout.num_kv_heads * layout.head_dim
+        k = layout.num_kv_heads * layout.head_dim if layout.has_qk_norm else 0
         for index, layer in enumerate(model.model.layers):
-            columns = {
-                name: pool.data[index].narrow(1, offset, width)
-                for name, (offset, width) in layout.fields.items()
-            }
-            write, attention = self._write, layer.self_attn
+            write, attention = partial(self._write, index), layer.self_attn
             self._taps += [
-                _Tap(layer.input_layernorm._forward_hooks, _residual(write, columns["x"])),
-                _Tap(
-                    layer.post_attention_layernorm._forward_hooks, _residual(write, columns["mid"])
-                ),
-                _Tap(
-                    attention.qkv_proj._forward_hooks,
-                    _qkv(write, columns["q"], columns.get("k"), q, k),
-                ),
-                _Tap(attention.o_proj._forward_pre_hooks, _input(write, columns["attn"])),
-                _Tap(layer.mlp.gate_up_proj._forward_hooks, _output(write, columns["gate_up"])),
+                _Tap(layer.input_layernorm._forward_hooks, _residual(write, "x")),
+                _Tap(layer.post_attention_layernorm._forward_hooks, _residual(write, "mid")),
+                _Tap(attention.qkv_proj._forward_hooks, _qkv(write, q, k)),
+                _Tap(attention.o_proj._forward_pre_hooks, _input(write, "attn")),
+                _Tap(layer.mlp.gate_up_proj._forward_hooks, _output(write, "gate_up")),
             ]
 
-    def begin(self, slots: torch.Tensor) -> None:
-        """A prefill forward starts; its token i writes K/V slot `slots[i]`."""
+    def begin(self, slots: torch.Tensor, positions: torch.Tensor) -> None:
+        """A prefill forward starts; its token i is at `positions[i]` and writes K/V slot `slots[i]`."""
         # Rows may change hands now.
         self.flush()
         try:
-            rows = self._pool.alloc(slots)
+            rows = self._pool.record(slots, positions)
         except Exception:
-            logger.exception("activation pool: allocation failed; this batch is not recorded")
-            rows = None
-        if rows is None or not rows.numel():
+            logger.exception("activation pool: no rows for this batch; it is not recorded")
             return
-        self._count = rows.numel()
-        first = int(rows[0])
-        # A run of neighbouring rows is one plain copy, several times faster than a scatter.
-        is_run = bool((rows.diff() == 1).all())
-        self._rows = slice(first, first + self._count) if is_run else rows
-        self.num_recorded += self._count
+        if not rows.size:
+            return
+        self._rows, self._gens = rows, self._pool.gens[rows]
+        self.num_recorded += rows.size
         for tap in self._taps:
             tap.hooks[id(tap)] = tap.hook
 
@@ -88,23 +77,28 @@ class Recorder:
         for tap in self._taps:
             tap.hooks.pop(id(tap), None)
 
-    def _write(self, column: torch.Tensor, value: torch.Tensor) -> None:
-        """Copy [≥ n, width] activations of this batch's tokens into a column of the pool."""
-        rows, value = self._rows, value[: self._count]
+    def _write(self, layer: int, field: str, value: torch.Tensor) -> None:
+        """Store [≥ n, width] activations of this batch's first n tokens."""
+        value = value[: self._rows.size]
         size = value.numel() * value.element_size()
         if self._may_defer and self._num_kept_bytes + size <= DEFER_BYTES:
-            self._kept.append((column, rows, value))
+            self._kept.append((layer, field, value))
             self._num_kept_bytes += size
         else:
-            _copy(column, rows, value)
+            self._pool.device.write(layer, field, self._rows, value)
 
     def flush(self) -> None:
         """Copy what was kept. To be called before anybody is told of the rows, and once a loop of the scheduler.
 
-        A row may have ended since: then its generation has changed, and nobody reads what is copied into it.
+        Rows may have ended since, and their slots may be serving's again: those are not touched.
         """
-        for column, rows, value in self._kept:
-            _copy(column, rows, value)
+        if not self._kept:
+            return
+        still = self._pool.still(self._rows, self._gens)
+        rows = self._rows[still]
+        which = None if still.all() else torch.from_numpy(still)
+        for layer, field, value in self._kept if rows.size else ():
+            self._pool.device.write(layer, field, rows, value if which is None else value[which])
         self._kept.clear()
         self._num_kept_bytes = 0
 
@@ -116,13 +110,6 @@ class _Tap(NamedTuple):
 
     hooks: dict[int, _Hook]
     hook: _Hook
-
-
-def _copy(column: torch.Tensor, rows: torch.Tensor | slice, value: torch.Tensor) -> None:
-    if isinstance(rows, slice):
-        column[rows].copy_(value)
-    else:
-        column.index_copy_(0, rows, value)
 
 
 def _is_functional(layer: torch.nn.Module) -> bool:
@@ -137,34 +124,32 @@ def _is_functional(layer: torch.nn.Module) -> bool:
     return all(o._forward_method == o.forward_native for o in operations)
 
 
-def _residual(write: _Write, column: torch.Tensor) -> _Hook:
+def _residual(write: _Write, field: str) -> _Hook:
     def hook(module: Any, args: Any, output: Any) -> None:
         # norm(x) → normed, at the bottom of the stack; norm(y, residual) → (normed, y + residual) above.
-        write(column, output[1] if isinstance(output, tuple) else args[0])
+        write(field, output[1] if isinstance(output, tuple) else args[0])
 
     return hook
 
 
-def _qkv(
-    write: _Write, q_column: torch.Tensor, k_column: torch.Tensor | None, q: int, k: int
-) -> _Hook:
+def _qkv(write: _Write, q: int, k: int) -> _Hook:
     def hook(module: Any, args: Any, output: Any) -> None:
-        write(q_column, output[0][:, :q])
-        if k_column is not None:
-            write(k_column, output[0][:, q : q + k])
+        write("q", output[0][:, :q])
+        if k:
+            write("k", output[0][:, q : q + k])
 
     return hook
 
 
-def _input(write: _Write, column: torch.Tensor) -> _Hook:
+def _input(write: _Write, field: str) -> _Hook:
     def hook(module: Any, args: Any) -> None:
-        write(column, args[0])
+        write(field, args[0])
 
     return hook
 
 
-def _output(write: _Write, column: torch.Tensor) -> _Hook:
+def _output(write: _Write, field: str) -> _Hook:
     def hook(module: Any, args: Any, output: Any) -> None:
-        write(column, output[0])
+        write(field, output[0])
 
     return hook

@@ -25,6 +25,7 @@ def train_samples(item: TrainingItem, objective: str, tokenizer: Any) -> list[me
     return [
         messages.TrainSample(
             feedback_id=item.feedback_id,
+            completion_id=completion.id,
             label=label,
             prompt_ids=prompt,
             response_ids=messages.pack_ids(ids),

@@ -213,23 +213,28 @@ def naive_loss(
 
 
 class Recorder:
-    """Fills an `ActivationView` from transformers' own activations, at shuffled rows and slots."""
+    """Fills an `ActivationView` from transformers' own activations, at shuffled rows and slots: half of the rows in the
+    KV pool, half on the host.
+    """
 
-    def __init__(self, shape: ModelShape, dtype: torch.dtype, num_rows: int = 4096) -> None:
+    def __init__(self, shape: ModelShape, dtype: torch.dtype, num_rows: int = 2048) -> None:
         layout = shape.row_layout(dtype)
-        kv = (num_rows, shape.num_kv_heads, shape.head_dim)
+        generator = torch.Generator().manual_seed(1)
+        size, num_slots = layout.slots_per_row, num_rows * (1 + layout.slots_per_row)
+        kv = (num_slots, shape.num_kv_heads, shape.head_dim)
         nan = float("nan")
 
         def buffers(*size: int) -> list[Tensor]:
             return [torch.full(size, nan, dtype=dtype) for _ in range(shape.num_layers)]
 
-        self.shape, self.layout = shape, layout
-        self.pool, self.k, self.v = buffers(num_rows, layout.width), buffers(*kv), buffers(*kv)
-        self.row_gen = torch.randint(1, 1000, (num_rows,))
-        generator = torch.Generator().manual_seed(1)
-        self._free_rows = torch.randperm(num_rows, generator=generator)
-        self._free_slots = torch.randperm(num_rows, generator=generator)
-        self.view = ActivationView(layout, self.pool, self.k, self.v, self.row_gen)
+        self.shape, self.layout, self.num_device = shape, layout, num_rows
+        self.host, self.k, self.v = buffers(num_rows, layout.width), buffers(*kv), buffers(*kv)
+        self.gens = torch.randint(1, 1000, (2 * num_rows,))
+        self._free_rows = torch.randperm(2 * num_rows, generator=generator)
+        slots = torch.randperm(num_slots, generator=generator)
+        self.cells = slots[: num_rows * size].view(num_rows, size)
+        self._free_slots = slots[num_rows * size :].repeat(2)
+        self.view = ActivationView(layout, self.host, self.k, self.v, self.gens, self.cells)
 
     def record(
         self, model: Any, adapter: LoraAdapter, prompt: Sequence[int], mask: Tensor
@@ -242,12 +247,30 @@ class Recorder:
         rows, self._free_rows = self._free_rows[:n], self._free_rows[n:]
         slots, self._free_slots = self._free_slots[:n], self._free_slots[n:]
         for layer, found in enumerate(values):
-            for field, (start, width) in self.layout.fields.items():
-                self.pool[layer][rows[mask], start : start + width] = found[field][mask]
-            self.k[layer][slots[mask]] = found["keys"][mask]
-            self.v[layer][slots[mask]] = found["values"][mask]
+            for token in torch.nonzero(mask).flatten().tolist():
+                self._store(layer, found, token, int(rows[token]), int(slots[token]))
         missing = torch.full_like(rows, -1)
-        return Recorded(torch.where(mask, rows, missing), slots, self.row_gen[rows].clone())
+        return Recorded(torch.where(mask, rows, missing), slots, self.gens[rows].clone())
+
+    def damage(self, row: int) -> None:
+        """Change what enters the first layer."""
+        if row < self.num_device:
+            self.k[0].flatten(1)[self.cells[row, 0], 0] += 1
+        else:
+            self.host[0][row - self.num_device, 0] += 1
+
+    def _store(self, layer: int, found: dict[str, Tensor], token: int, row: int, slot: int) -> None:
+        layout, planes = self.layout, (self.k[layer].flatten(1), self.v[layer].flatten(1))
+        if row < self.num_device:
+            self.k[layer][slot], self.v[layer][slot] = found["keys"][token], found["values"][token]
+        for field, (start, width) in layout.fields.items():
+            value = found[field][token].flatten()
+            if row >= self.num_device:
+                self.host[layer][row - self.num_device, start : start + width] = value
+            elif field not in ("keys", "values"):
+                for plane, first, count, offset in layout.parts(field):
+                    for i, piece in enumerate(value[offset:].split(layout.cell)[:count]):
+                        planes[plane][self.cells[row, first + i], : piece.numel()] = piece
 
 
 @torch.no_grad()

@@ -72,7 +72,7 @@ class ModelShape:
         return self.num_heads * self.head_dim, kv, kv
 
     def row_layout(self, dtype: torch.dtype) -> RowLayout:
-        """What serving records of this model when it computes in `dtype`."""
+        """What serving records of this model when it computes in `dtype`, its KV cache, too."""
         return RowLayout(
             num_layers=self.num_layers,
             hidden_size=self.hidden_size,
@@ -82,6 +82,7 @@ class ModelShape:
             intermediate_size=self.intermediate_size,
             has_qk_norm=self.has_qk_norm,
             dtype=str(dtype).removeprefix("torch."),
+            cell=self.num_kv_heads * self.head_dim,
         )
 
     def cos_sin(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

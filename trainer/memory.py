@@ -77,4 +77,5 @@ def step_bytes(
     )
     activations = max(max(peaks) * dtype.itemsize, at_head + heads * h * dtype.itemsize)
     tables = (differentiated + scored) * (3 * shape.head_dim * wide + 8 * 20)
+    tables += recorded * 16 * shape.row_layout(dtype).slots_per_row
     return activations + tables + 2 * heads * h * wide + 3 * parameters * wide

@@ -219,7 +219,7 @@ class Replay:
         n, total = batch.num_recorded, batch.num_recorded + k.shape[0]
         keys, values = k.new_empty(total, *k.shape[1:]), v.new_empty(total, *v.shape[1:])
         with self._phases.phase("rows"):
-            self._view.fetch_kv(layer, batch.slots, keys[:n], values[:n])
+            self._view.fetch_kv(layer, batch.rows, batch.slots, keys[:n], values[:n])
             self._view.check(batch.rows, batch.gens)
         keys[n:], values[n:] = k, v
         return keys, values
@@ -328,7 +328,7 @@ class Replay:
 
         kv = (total, self._shape.num_kv_heads, self._shape.head_dim)
         keys, values = like.new_empty(kv), like.new_empty(kv)
-        view.fetch_kv(layer, batch.slots, keys[:n], values[:n])
+        view.fetch_kv(layer, batch.rows, batch.slots, keys[:n], values[:n])
         if own is not None:
             keys[n:], values[n:] = own.keys, own.values
         return LayerValues(

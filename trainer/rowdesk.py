@@ -28,27 +28,18 @@ class RowDesk:
         self._timeout = timeout
         self._tickets = itertools.count(1)
 
-    def check_out(
-        self, prompts: Sequence[tuple[str | None, bytes]]
-    ) -> tuple[int, list[Recorded | None]]:
-        """Args:
-            prompts: (radix namespace, packed token ids) each.
-
-        Returns:
-            A ticket for `check_in`, and for each prompt where its tokens are recorded, None where nowhere.
-        """
+    def check_out(self, prompts: Sequence[messages.Prompt]) -> tuple[int, list[Recorded | None]]:
+        """A ticket for `check_in`, and for each prompt where its tokens are recorded, None where nowhere."""
         ticket = next(self._tickets)
-        self._socket.send(messages.encode(messages.CheckOut(ticket=ticket, items=list(prompts))))
+        self._socket.send(messages.encode(messages.CheckOut(ticket=ticket, prompts=list(prompts))))
         answer = self._receive(ticket)
         if answer is None:
             return ticket, [None] * len(prompts)
-        return ticket, [
-            _recorded(len(prompt) // 4, *item)
-            for (_, prompt), item in zip(prompts, answer.items, strict=True)
-        ]
+        return ticket, [None if places is None else _recorded(places) for places in answer.places]
 
-    def check_in(self, ticket: int) -> None:
-        self._socket.send(messages.encode(messages.CheckIn(ticket=ticket)))
+    def check_in(self, ticket: int, consumed: Sequence[str] = ()) -> None:
+        """Rows of that ticket have been read; votes on the completions `consumed` were trained."""
+        self._socket.send(messages.encode(messages.CheckIn(ticket=ticket, consumed=list(consumed))))
 
     def _receive(self, ticket: int) -> messages.CheckedOut | None:
         deadline = time.monotonic() + self._timeout
@@ -61,19 +52,13 @@ class RowDesk:
         return None
 
 
-def _recorded(length: int, slots: bytes, rows: bytes, gens: bytes) -> Recorded | None:
-    found = [
-        torch.frombuffer(bytearray(data), dtype=torch.int64) if data else None
-        for data in (rows, slots, gens)
-    ]
-    if found[0] is None or not bool((found[0] >= 0).any()):
-        return None
-    whole = [
-        torch.full((length,), -1),
-        torch.zeros(length, dtype=torch.int64),
-        torch.zeros(length, dtype=torch.int64),
-    ]
-    for target, part in zip(whole, found, strict=True):
-        assert part is not None
-        target[: part.numel()] = part
-    return Recorded(*whole)
+def _recorded(places: messages.Places) -> Recorded:
+    def ids(data: bytes) -> torch.Tensor:
+        return torch.frombuffer(bytearray(data), dtype=torch.int64)
+
+    return Recorded(
+        ids(places.rows),
+        ids(places.slots),
+        ids(places.gens),
+        (ids(places.hedge_rows), ids(places.hedge_gens)),
+    )

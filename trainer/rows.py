@@ -1,14 +1,16 @@
-"""Recorded activations, read where serving left them.
+"""Recorded activations, read where serving left them: in borrowed KV slots or in host memory.
 
-`ActivationView` holds plain tensors: how they were mapped is somebody else's business. A row may be
-taken away at any moment; its generation number then changes, so generations are compared *after*
-the values have been read.
+`ActivationView` holds plain tensors: how they were mapped is somebody else's business. A row may be taken away at any
+moment; its generation number then changes, so generations are compared *after* the values have been read.
+
+A row number names a place: below `num_device` a row in KV slots, from there on a row on the host.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,8 +28,7 @@ class RowsRevoked(RuntimeError):
 
 @dataclass(frozen=True)
 class Recorded:
-    """Where a sample's prompt tokens are recorded. Three int64 tensors of the prompt's length, on
-    the CPU.
+    """Where a sample's prompt tokens are recorded. int64 tensors of the prompt's length, on the CPU.
 
     A row of −1 is a missing token (its slot and generation are ignored). Only recorded positions
     may be relied on; any subset may be missing.
@@ -35,7 +36,10 @@ class Recorded:
 
     rows: Tensor
     slots: Tensor
+    """KV slots of the tokens; read for rows on the device only."""
     gens: Tensor
+    hedge: tuple[Tensor, Tensor] | None = None
+    """(rows, gens) of copies on the host, −1 where there is none: used where a row is taken away."""
 
     def __post_init__(self) -> None:
         if not self.rows.shape == self.slots.shape == self.gens.shape:
@@ -43,40 +47,135 @@ class Recorded:
                 f"rows, slots and gens differ in length: {self.rows.numel()}, {self.slots.numel()}, {self.gens.numel()}"
             )
 
+    def without(self, gone: Tensor) -> Recorded:
+        """The same without the rows `gone`: their copies on the host instead, where there are any."""
+        lost = torch.isin(self.rows, gone)
+        if self.hedge is None:
+            return replace(self, rows=torch.where(lost, -1, self.rows))
+        rows, gens = self.hedge
+        kept = torch.where(torch.isin(rows, gone), -1, rows)
+        return replace(
+            self,
+            rows=torch.where(lost, kept, self.rows),
+            gens=torch.where(lost, gens, self.gens),
+            hedge=(kept, gens),
+        )
+
+
+class _Places(NamedTuple):
+    """Rows by tier. Positions are None where all rows are of one tier."""
+
+    num_device: int
+    at_device: Tensor | None
+    cells: Tensor  # [device rows, slots_per_row]
+    at_host: Tensor | None
+    host_rows: Tensor
+
 
 class ActivationView:
-    """Borrowed tensors: the activation pool, the KV pool and the rows' generations.
+    """Borrowed tensors: what serving shares with the trainer.
 
     Args:
-        pool: per layer [num_rows, layout.width].
-        k, v: per layer [slots, n_kv, d]; keys after norm and rope.
-        row_gen: [num_rows] int64; the writer changes a row's number when it takes the row away.
+        host: per layer [host rows, layout.width].
+        k, v: per layer [slots, n_kv, d]; keys after norm and rope. Contiguous: recorded rows lie in them, too.
+        gens: [device rows + host rows] int64; the writer changes a row's number when it takes the row away.
+        cells: [device rows, layout.slots_per_row] int64, the KV slots of every row on the device.
     """
 
     def __init__(
         self,
         layout: RowLayout,
-        pool: Sequence[Tensor],
+        host: Sequence[Tensor],
         k: Sequence[Tensor],
         v: Sequence[Tensor],
-        row_gen: Tensor,
+        gens: Tensor,
+        cells: Tensor,
     ) -> None:
         self.layout = layout
-        self._pool, self._k, self._v, self._row_gen = pool, k, v, row_gen
+        self.num_device = cells.shape[0]
+        self._host, self._k, self._v, self._gens, self._cells = host, k, v, gens, cells
         self._fields = layout.fields
+        self._parts = {name: layout.parts(name) for name in self._fields if name not in _ON_HOST}
+        dtype = getattr(torch, layout.dtype)
+        self._planes = [
+            tuple(t.flatten(1).view(dtype) for t in pair) for pair in zip(k, v, strict=True)
+        ]
+        self._last: tuple[Tensor, _Places] | None = None
 
     def fetch(self, layer: int, field: str, rows: Tensor, out: Tensor) -> None:
         """One field [n, field width] of `rows` into `out`. Call `check` after the last read."""
         start, width = self._fields[field]
-        torch.index_select(self._pool[layer][:, start : start + width], 0, rows, out=out)
+        places = self._locate(rows)
+        if places.num_device == 0:
+            torch.index_select(
+                self._host[layer][:, start : start + width], 0, places.host_rows, out=out
+            )
+            return
+        n, cell = places.num_device, self.layout.cell
+        for plane, first, count, offset in self._parts[field]:
+            index = places.cells[:, first : first + count].reshape(-1)
+            source = self._planes[layer][plane]
+            if places.at_device is None and count * cell == width and out.is_contiguous():
+                torch.index_select(source, 0, index, out=out.view(-1, cell))
+                return
+            found = source[index].view(n, count * cell)[:, : width - offset]
+            columns = slice(offset, offset + found.shape[1])
+            if places.at_device is None:
+                out[:, columns] = found
+            else:
+                out[places.at_device, columns] = found
+        if places.at_host is not None:
+            out[places.at_host] = self._host[layer][places.host_rows, start : start + width]
 
-    def fetch_kv(self, layer: int, slots: Tensor, keys: Tensor, values: Tensor) -> None:
-        """Keys and values [n, n_kv, d] of `slots` into `keys`, `values`."""
-        torch.index_select(self._k[layer], 0, slots, out=keys)
-        torch.index_select(self._v[layer], 0, slots, out=values)
+    def fetch_kv(
+        self, layer: int, rows: Tensor, slots: Tensor, keys: Tensor, values: Tensor
+    ) -> None:
+        """Keys and values [n, n_kv, d] of `rows`, whose tokens are in `slots`, into `keys`, `values`."""
+        places = self._locate(rows)
+        for pool, field, out in (
+            (self._k[layer], "keys", keys),
+            (self._v[layer], "values", values),
+        ):
+            if places.num_device == rows.numel():
+                if out.dtype == pool.dtype:
+                    torch.index_select(pool, 0, slots, out=out)
+                else:
+                    out.copy_(pool[slots])
+                continue
+            start, width = self._fields[field]
+            copy = self._host[layer][places.host_rows, start : start + width].view(pool.dtype)
+            copy = copy.view(-1, *pool.shape[1:])
+            if places.at_host is None:
+                out.copy_(copy)
+            else:
+                out[places.at_host] = copy.to(out.dtype)
+                out[places.at_device] = pool[slots[places.at_device]].to(out.dtype)
 
     def check(self, rows: Tensor, gens: Tensor) -> None:
         """Raises RowsRevoked if any of `rows` is no longer of generation `gens`."""
-        stale = self._row_gen[rows] != gens
+        stale = self._gens[rows] != gens
         if bool(stale.any()):
             raise RowsRevoked(rows[stale].tolist())
+
+    def _locate(self, rows: Tensor) -> _Places:
+        # A batch asks for the same rows, field by field and layer by layer.
+        if self._last is not None and self._last[0] is rows:
+            return self._last[1]
+        on_device = rows < self.num_device
+        num_device = int(on_device.sum())
+        if num_device in (0, rows.numel()):
+            at_device = at_host = None
+            mine, theirs = (rows, rows[:0]) if num_device else (rows[:0], rows)
+        else:
+            (at_device,), (at_host,) = torch.where(on_device), torch.where(~on_device)
+            mine, theirs = rows[at_device], rows[at_host]
+        # Where a row's cells are is read once, before its content and before `check`: a row that moves changes its
+        # generation first.
+        places = _Places(
+            num_device, at_device, self._cells[mine], at_host, theirs - self.num_device
+        )
+        self._last = (rows, places)
+        return places
+
+
+_ON_HOST = ("keys", "values")

@@ -302,8 +302,7 @@ class _Step:
         for i in members:
             record = self.samples[i].recorded
             if record is not None:
-                rows = torch.where(torch.isin(record.rows, bad), -1, record.rows)
-                self.samples[i] = replace(self.samples[i], recorded=replace(record, rows=rows))
+                self.samples[i] = replace(self.samples[i], recorded=record.without(bad))
 
     def _micro_batch(
         self,

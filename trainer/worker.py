@@ -82,13 +82,14 @@ class Worker:
         self.gate = Gate(self.lease, alive=lambda: os.getppid() == server_pid)
         view = None
         self.desk: RowDesk | None = None
-        if memory.rows and memory.row_gen is not None and welcome.rows_address is not None:
+        if memory.rows is not None and welcome.rows_address is not None:
             view = ActivationView(
                 memory.layout,
-                [importer.open(handle) for handle in memory.rows],
+                [importer.open(handle) for handle in memory.rows.host],
                 [importer.open(handle) for handle in memory.k],
                 [importer.open(handle) for handle in memory.v],
-                importer.open(memory.row_gen),
+                importer.open(memory.rows.gens),
+                importer.open(memory.rows.cells),
             )
             self.desk = RowDesk(context, welcome.rows_address)
         weights = BaseWeights(tensors, self.shape)
@@ -162,6 +163,7 @@ class Worker:
         good = _without(request.samples, failed)
         versions = [self._differentiate_at(sample, request.parent) for sample in good]
         ticket, recorded = self._check_out(good, versions)
+        consumed: list[str] = []
         try:
             failed |= self._foreign(good, recorded)
             fit = {id(sample) for sample in _without(good, failed)}
@@ -177,9 +179,10 @@ class Worker:
             groups = [VersionGroup(self._as_served(v), members[v]) for v in sorted(members)]
             checked_out = time.perf_counter()
             result = self.engine.step_gradients(groups, self.objective)
+            consumed = [sample.completion_id for sample in good]
         finally:
             if ticket is not None and self.desk is not None:
-                self.desk.check_in(ticket)
+                self.desk.check_in(ticket, consumed)
         if not math.isfinite(result.loss):
             raise FloatingPointError(f"the loss is {result.loss}")
         before_update = time.perf_counter()
@@ -299,7 +302,14 @@ class Worker:
         if self.desk is None or not own:
             return None, rows
         ticket, found = self.desk.check_out(
-            [(samples[i].extra_key, samples[i].prompt_ids) for i in own]
+            [
+                messages.Prompt(
+                    rid=samples[i].completion_id,
+                    extra_key=samples[i].extra_key,
+                    token_ids=samples[i].prompt_ids,
+                )
+                for i in own
+            ]
         )
         for i, recorded in zip(own, found, strict=True):
             rows[i] = recorded

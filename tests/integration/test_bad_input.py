@@ -115,8 +115,8 @@ def launches(home, full_disk, taken_port, running):
         "damaged data": ["--data-dir", home / "damaged"],
         "full disk": ["--data-dir", full_disk / "data"],
         "data in use": ["--data-dir", running.data_dir],
-        "memory": ["--activation-memory", "900TiB"],
-        "free memory": ["--activation-memory", most_of_memory()],
+        "memory": ["--activation-host-gb", "900TiB"],
+        "free memory": ["--activation-host-gb", most_of_memory()],
         "unknown flag": ["--lora-rnak", 8],
         "unknown SGLang flag": ["--max-totl-tokens", 8],
         "negative batch": ["--train-batch-size", -1],
@@ -170,8 +170,8 @@ SAID = {
     "damaged data": r"--data-dir .*damaged: .*is damaged or is not a ledger",
     "full disk": r"--data-dir .*: no space left",
     "data in use": r"--data-dir .*is in use by another server \(process \d+\)",
-    "memory": r"--activation-memory is '921600.0 GiB'; allowed: auto, or up to the .* GiB",
-    "free memory": r"--activation-memory is .* GiB; allowed: auto, or up to the .* GiB that are free",
+    "memory": r"--activation-host-gb is '921600.0 GiB'; allowed: auto, or up to the .* GiB",
+    "free memory": r"--activation-host-gb is .* GiB; allowed: auto, or up to the .* GiB that are free",
     "unknown flag": r"unknown flag --lora-rnak; did you mean --lora-rank\?",
     "unknown SGLang flag": r"unknown flag --max-totl-tokens; did you mean --max-total-tokens\?",
     "negative batch": r"--train-batch-size is -1; allowed: 1 to 65536",
@@ -393,10 +393,10 @@ def test_a_data_directory_that_fills_up_refuses_votes_and_chat_goes_on(running):
 
 def test_activation_memory_for_less_than_a_row_ends_the_launch(tmp_path):
     """How large a row is, only the loaded model says."""
-    server = Server(tmp_path / "data", "--activation-memory", "100b", wait=False)
+    server = Server(tmp_path / "data", "--activation-host-gb", "100b", wait=False)
     assert server.process.wait(BOOT_S) == 1
     said = server.log.read_text()
     assert re.search(
-        r"--activation-memory 100 bytes holds no row; one token .* takes \d+ bytes", said
+        r"--activation-host-gb 100 bytes holds no row; one token .* takes \d+ bytes", said
     )
     assert server.children() == []

@@ -103,9 +103,9 @@ def test_the_weights_take_memory_once(server, pids):
 def test_rows_that_are_not_their_tokens_fail_the_vote_and_nothing_else(server, pids):
     """Recorded activations damaged where they lie: that vote says so, and training goes on."""
     spoiled = server.vote(server.chat("What is 3 + 4? Answer me nicely.")["id"], "up")["id"]
-    rows = mapping(pids[0], "rows")
-    # Of the first layer, rows that were written so far: the first ones.
-    length = 64 << 20
+    rows = mapping(pids[0], "kv")
+    # The first layer's keys, and the rows in borrowed slots among them.
+    length = 16 << 20
     with open(f"/proc/{pids[0]}/mem", "r+b", buffering=0) as memory:
         old = os.pread(memory.fileno(), length, rows["start"])
         os.pwrite(memory.fileno(), SIXTEEN * (length // 4), rows["start"])

@@ -1,146 +1,398 @@
-"""The activation pool against a dict: slots → contents, with readers that come and go."""
+"""The activation pool against a dict: slots → contents, over SGLang's own allocator, with readers that come and go,
+votes, a host tier, and serving that takes its slots back at any moment.
+"""
 
-import torch
-from hypothesis import settings
-from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+import alchemist.server.cpu as cpu
 
-from alchemist.protocol.layout import RowLayout
-from alchemist.server.pool import ActivationPool
+cpu.prepare()
 
-SLOTS, ROWS = 24, 9
-LAYOUT = RowLayout(
-    num_layers=2,
-    hidden_size=1,
-    num_heads=1,
-    num_kv_heads=1,
-    head_dim=1,
-    intermediate_size=1,
-    has_qk_norm=False,
-    dtype="float32",
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from hypothesis import settings  # noqa: E402
+from hypothesis import strategies as st  # noqa: E402
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule  # noqa: E402
+from sglang.srt.mem_cache.allocator import (  # noqa: E402
+    PagedTokenToKVPoolAllocator,
+    TokenToKVPoolAllocator,
 )
-slots = st.lists(st.integers(1, SLOTS - 1), min_size=1, max_size=12, unique=True)
+
+from alchemist.protocol.layout import RowLayout  # noqa: E402
+from alchemist.protocol.rows import ROW, RowEvent, RowState  # noqa: E402
+from alchemist.server.lender import Lender  # noqa: E402
+from alchemist.server.pool import ActivationPool  # noqa: E402
+from alchemist.trainer.rows import ActivationView, Recorded, RowsRevoked  # noqa: E402
+
+SIZE = 48
+"""Slots that serving may use; slot 0 (page 0) is the dummy."""
+
+
+def layout(page_size: int) -> RowLayout:
+    # Twelve cells: x 2 (the second one half empty), q 2, attn 2, mid 2, gate_up 4.
+    return RowLayout(
+        num_layers=2,
+        hidden_size=3,
+        num_heads=2,
+        num_kv_heads=1,
+        head_dim=2,
+        intermediate_size=4,
+        has_qk_norm=False,
+        dtype="float32",
+        cell=2,
+        page_size=page_size,
+    )
+
+
+class World:
+    """A pool over real KV buffers and a real allocator, and serving's use of them."""
+
+    def __init__(
+        self, page_size=1, *, host_rows=4, eviction="value", fraction=1.0, kv_dtype=torch.float32
+    ):
+        per_cell = {torch.float32: 1, torch.float16: 2}[kv_dtype]
+        self.layout = layout(page_size)
+        shape = (SIZE + page_size, 1, 2 * per_cell)
+        self.k = [torch.zeros(shape, dtype=kv_dtype) for _ in range(2)]
+        self.v = [torch.zeros(shape, dtype=kv_dtype) for _ in range(2)]
+        kind = TokenToKVPoolAllocator if page_size == 1 else PagedTokenToKVPoolAllocator
+        arguments = {"dtype": kv_dtype, "device": "cpu", "kvcache": None, "need_sort": False}
+        if page_size > 1:
+            arguments["page_size"] = page_size
+        self.allocator = kind(SIZE, **arguments)
+        self.pool = ActivationPool(
+            self.layout,
+            self.k,
+            self.v,
+            Lender(self.allocator),
+            num_device_rows=int(SIZE * fraction) // self.layout.slots_per_row,
+            num_host_rows=host_rows,
+            eviction=eviction,
+        )
+        self.pool.install()
+        self.page_size = page_size
+        self.view = ActivationView(
+            self.layout,
+            self.pool.host.data,
+            self.k,
+            self.v,
+            torch.from_numpy(self.pool.gens),
+            torch.from_numpy(self.pool.device.cells),
+        )
+        self.stamp = 0.0
+
+    def serve(self, count: int) -> torch.Tensor | None:
+        """Serving takes `count` slots (whole pages) and writes keys and values there: their number as the value."""
+        slots = self.allocator.alloc(count * self.page_size)
+        if slots is not None:
+            for buffer in (*self.k, *self.v):
+                buffer[slots] = slots.to(buffer.dtype).view(-1, 1, 1)
+        return slots
+
+    def record(self, slots: torch.Tensor) -> dict[int, float]:
+        """Prefill of tokens in `slots`: what each slot's row holds, for those that got one."""
+        rows = self.pool.record(slots, torch.arange(slots.numel()))
+        held = {}
+        for row, slot in zip(rows, slots.tolist(), strict=False):
+            self.stamp += 1
+            held[slot] = self.stamp
+            for layer in range(2):
+                for field, (_, width) in self.layout.fields.items():
+                    if field not in ("keys", "values"):
+                        value = torch.full((1, width), self.stamp + layer / 2)
+                        self.pool.device.write(layer, field, np.array([row]), value)
+        return held
+
+    def read(self, found: Recorded) -> list[tuple[float, float]]:
+        """(stamp, slot of the keys) of every recorded token; every cell of every field must agree."""
+        where = found.rows >= 0
+        rows, slots = found.rows[where], found.slots[where]
+        seen, pairs = [], []
+        for layer in range(2):
+            for field, (_, width) in self.layout.fields.items():
+                if field in ("keys", "values"):
+                    continue
+                out = torch.full((rows.numel(), width), float("nan"))
+                self.view.fetch(layer, field, rows, out)
+                seen += (out - layer / 2).unbind(1)
+            keys = torch.empty(rows.numel(), *self.k[0].shape[1:])
+            values = torch.empty_like(keys)
+            self.view.fetch_kv(layer, rows, slots, keys, values)
+            pairs.append((keys, values))
+        self.view.check(rows, found.gens[where])
+        assert all(torch.equal(a, b) for a, b in pairs)
+        assert all(torch.equal(s, seen[0]) for s in seen)
+        return list(zip(seen[0].tolist(), keys[:, 0, 0].tolist(), strict=True))
+
+
+def as_recorded(out) -> Recorded:
+    return Recorded(
+        torch.from_numpy(out.rows),
+        torch.from_numpy(out.slots),
+        torch.from_numpy(out.gens),
+        (torch.from_numpy(out.hedge_rows), torch.from_numpy(out.hedge_gens)),
+    )
 
 
 class PoolMachine(RuleBasedStateMachine):
-    """The model: `content[slot]` is what was last written for the slot, as long as the pool claims to have it."""
+    """The model: `content[slot]` is what was last recorded for a slot that serving holds. A slot may have lost its row;
+    a row may never hold anything else. `answers` remember what their tokens' rows held when they ended.
+    """
 
-    @initialize(page_size=st.sampled_from([1, 4]))
-    def start(self, page_size):
-        self.pool = ActivationPool(LAYOUT, ROWS, SLOTS, page_size)
-        self.page_size = page_size
+    @initialize(
+        page_size=st.sampled_from([1, 4]),
+        host_rows=st.sampled_from([0, 2, 6]),
+        eviction=st.sampled_from(["value", "lru"]),
+        fraction=st.sampled_from([0.5, 1.0]),
+    )
+    def start(self, page_size, host_rows, eviction, fraction):
+        self.world = World(page_size, host_rows=host_rows, eviction=eviction, fraction=fraction)
+        self.pool, self.allocator = self.world.pool, self.world.allocator
+        self.owned: list[torch.Tensor] = []
         self.content: dict[int, float] = {}
-        self.readers: list[tuple[torch.Tensor, torch.Tensor, list[float]]] = []
-        self.stamp = 0.0
+        self.answers: dict[str, list[tuple[int, float]]] = {}
+        self.readers: list[tuple[Recorded, list, tuple]] = []
+        self.clock = 0.0
 
-    @rule(which=slots)
-    def write(self, which):
-        if self.page_size > 1:
-            # The allocator hands out whole pages; writing part of one again is not something it does.
-            which = [s for s in which if s not in self.content]
-            which = [s for s in which if not any(o // 4 == s // 4 for o in self.content)]
-        if not which:
+    @rule(count=st.integers(1, 12))
+    def prefill(self, count):
+        free = self.allocator.available_size()
+        slots = self.world.serve(count)
+        # A loan is never felt.
+        assert (slots is None) == (count * self.world.page_size > free)
+        if slots is not None:
+            self.owned.append(slots)
+            self.content.update(self.world.record(slots))
+
+    @rule(data=st.data())
+    def finish(self, data):
+        if self.owned:
+            slots = data.draw(st.sampled_from(range(len(self.owned))))
+            slots = self.owned[slots]
+            rid = f"r{len(self.answers)}"
+            self.pool.finish(rid, slots, slots.numel() + 1, self.clock)
+            self.answers[rid] = [(s, self.content.get(s, -1.0)) for s in slots.tolist()]
+
+    @rule(data=st.data())
+    def free(self, data):
+        if self.owned:
+            slots = self.owned.pop(data.draw(st.integers(0, len(self.owned) - 1)))
+            self.allocator.free(slots)
+            for slot in slots.tolist():
+                self.content.pop(slot, None)
+
+    @rule(portion=st.integers(1, 5))
+    def hedge(self, portion):
+        self.pool.hedge(portion)
+
+    @rule(seconds=st.floats(0.1, 1e4))
+    def time_passes(self, seconds):
+        self.clock += seconds
+        self.pool.appraise(self.clock)
+
+    @rule(data=st.data(), event=st.sampled_from(["voted", "consumed", "forget"]))
+    def of_an_answer(self, data, event):
+        if self.answers:
+            rid = data.draw(st.sampled_from(sorted(self.answers)))
+            if event == "consumed":
+                self.pool.consumed(rid)
+            else:
+                getattr(self.pool, event)(rid, self.clock)
+
+    @rule(data=st.data())
+    def check_out(self, data):
+        if not self.answers:
             return
-        rows = self.pool.alloc(torch.tensor(which))
-        for slot in which:
-            self.content.pop(slot, None)
-        if rows is None:
-            held = sum(int((rows_ >= 0).sum()) for rows_, _, _ in self.readers)
-            assert len(which) > ROWS - held or len(which) > ROWS
+        rid = data.draw(st.sampled_from(sorted(self.answers)))
+        known = self.answers[rid]
+        # The tree may know any prefix of it still, under the same slots.
+        alive = [s for s, stamp in known if self.content.get(s) == stamp and stamp >= 0]
+        prefix = [s for s, _ in known[: len(alive)]]
+        prefix = prefix if prefix == alive else []
+        out = self.pool.check_out(rid, torch.tensor(prefix, dtype=torch.int64), len(known) + 1)
+        stamps = [known[i][1] for i in np.flatnonzero(out.rows >= 0)]
+        assert -1.0 not in stamps
+        self.readers.append((as_recorded(out), list(zip(stamps, out.slots, strict=False)), out))
+
+    @rule(data=st.data())
+    def read(self, data):
+        """What a reader finds is what was recorded, or it is told."""
+        if not self.readers:
             return
-        assert rows.unique().numel() == len(which)
-        self.stamp += 1
-        for layer in self.pool.data:
-            layer[rows] = self.stamp
-        self.content.update(dict.fromkeys(which, self.stamp))
-
-    @rule(which=slots)
-    def free(self, which):
-        self.pool.free_slots(torch.tensor(which))
-        pages = {slot // self.page_size for slot in which}
-        for slot in [s for s in self.content if s // self.page_size in pages]:
-            del self.content[slot]
-
-    @rule()
-    def flush(self):
-        self.pool.clear()
-        self.content.clear()
-
-    @rule(which=slots)
-    def check_out(self, which):
-        rows, gens = self.pool.check_out(torch.tensor(which))
-        values = [self.content.get(slot, -1.0) for slot in which]
-        self.readers.append((rows, gens, values))
+        found, _, out = self.readers[data.draw(st.integers(0, len(self.readers) - 1))]
+        expected = {i: s for i, (s, _) in zip(np.flatnonzero(out.rows >= 0), _, strict=True)}
+        for _ in range(3):
+            try:
+                values = self.world.read(found)
+            except RowsRevoked as revoked:
+                found = found.without(torch.tensor(revoked.rows))
+                continue
+            positions = torch.nonzero(found.rows >= 0).flatten().tolist()
+            assert [v for v, _ in values] == [expected[i] for i in positions]
+            return
+        pytest.fail("rows were revoked again and again although nobody else is at work")
 
     @rule(data=st.data())
     def check_in(self, data):
         if self.readers:
             index = data.draw(st.integers(0, len(self.readers) - 1))
-            rows, gens, _ = self.readers.pop(index)
-            self.pool.check_in(rows, gens)
+            self.pool.check_in(self.readers.pop(index)[2].ticket)
 
     @rule()
-    def reader_dies(self):
-        # What a dead trainer held is checked in by its successor's first question.
-        for rows, gens, _ in self.readers:
-            self.pool.check_in(rows, gens)
-        self.readers.clear()
+    def flush(self):
+        self.allocator.clear()
+        self.owned.clear()
+        self.content.clear()
 
     @invariant()
     def tables_agree(self):
         self.pool.check_integrity()
 
     @invariant()
-    def every_row_holds_what_its_slot_was_given(self):
-        for slot in range(SLOTS):
-            row = int(self.pool.row_of_slot[slot])
-            if row >= 0:
-                assert self.pool.data[1][row, 0].item() == self.content[slot]
+    def serving_never_loses_a_slot(self):
+        owned = sum(slots.numel() for slots in self.owned)
+        assert self.allocator.available_size() + owned == SIZE
 
     @invariant()
-    def a_reader_with_unchanged_generations_reads_what_it_was_promised(self):
-        for rows, gens, values in self.readers:
-            for row, gen, value in zip(rows.tolist(), gens.tolist(), values, strict=True):
-                if row >= 0 and self.pool.row_gen[row].item() == gen:
-                    assert self.pool.data[0][row, 0].item() == value
+    def serving_keeps_what_it_wrote(self):
+        for slots in self.owned:
+            for buffer in (*self.world.k, *self.world.v):
+                assert torch.equal(buffer[slots][:, 0, 0], slots.float())
 
 
-PoolMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+PoolMachine.TestCase.settings = settings(max_examples=80, stateful_step_count=40, deadline=None)
 TestPool = PoolMachine.TestCase
 
 
+def check_out(world: World, rid: str, slots: torch.Tensor) -> Recorded:
+    return as_recorded(world.pool.check_out(rid, slots, slots.numel()))
+
+
+def test_a_row_goes_on_from_its_copy_when_serving_takes_its_slots():
+    world = World(host_rows=8)
+    slots = world.serve(3)
+    held = world.record(slots)
+    world.pool.finish("a", slots, 3, 0.0)
+    assert world.pool.hedge(8) == 3
+    found = check_out(world, "a", slots)
+    assert (found.rows < world.view.num_device).all()
+    before = world.read(found)
+    assert [v for v, _ in before] == list(held.values())
+    # Everything else is serving's now: nothing is lent any more.
+    assert world.serve(SIZE - 3) is not None
+    with pytest.raises(RowsRevoked) as revoked:
+        world.read(found)
+    found = found.without(torch.tensor(revoked.value.rows))
+    assert (found.rows >= world.view.num_device).all()
+    assert world.read(found) == before
+    # The token itself leaves: keys and values come from the host, too.
+    world.allocator.free(slots)
+    world.serve(3)
+    assert world.read(check_out(world, "a", slots[:0]).without(found.rows[:0])) == []
+    out = as_recorded(world.pool.check_out("a", slots[:0], 3))
+    assert world.read(out) == before
+
+
 def test_rows_that_are_read_are_not_taken_for_others():
-    pool = ActivationPool(LAYOUT, 4, SLOTS)
-    pool.alloc(torch.tensor([1, 2]))
-    rows, gens = pool.check_out(torch.tensor([1, 2]))
-    assert pool.alloc(torch.tensor([3, 4])) is not None
-    # Two rows are being read: of four, only two can be had.
-    assert pool.alloc(torch.tensor([5, 6, 7])) is None
-    assert pool.num_lost == 3
-    assert torch.equal(pool.row_gen[rows], gens)
-    pool.check_in(rows, gens)
-    assert pool.alloc(torch.tensor([5, 6, 7])) is not None
-    assert not torch.equal(pool.row_gen[rows], gens)
+    world = World(host_rows=0)
+    first = world.serve(2)
+    world.record(first)
+    world.pool.finish("a", first, 2, 0.0)
+    out = world.pool.check_out("a", first, 2)
+    room = world.pool.num_device_rows
+    slots = world.serve(room)
+    rows = world.pool.record(slots, torch.arange(room))
+    assert set(rows).isdisjoint(out.rows)
+    assert (world.pool.gens[out.rows] == out.gens).all()
+    world.pool.check_in(out.ticket)
+    world.pool.record(slots, torch.arange(room))
+    world.pool.check_integrity()
 
 
 def test_the_least_recently_used_rows_go_first():
-    pool = ActivationPool(LAYOUT, 4, SLOTS)
-    pool.alloc(torch.tensor([1, 2]))
-    pool.alloc(torch.tensor([3, 4]))
-    pool.lookup(torch.tensor([1, 2]))
-    pool.alloc(torch.tensor([5, 6]))
-    assert (pool.row_of_slot[torch.tensor([1, 2])] >= 0).all()
-    assert (pool.row_of_slot[torch.tensor([3, 4])] == -1).all()
+    world = World(host_rows=0, eviction="lru", fraction=0.5)
+    room = world.pool.num_device_rows
+    assert room == 4
+    a, b, c = world.serve(2), world.serve(2), world.serve(1)
+    world.record(a)
+    world.record(b)
+    world.pool.finish("a", a, 2, 0.0)
+    world.pool.check_in(world.pool.check_out("a", a, 2).ticket)
+    world.record(c)
+    assert (world.pool.record_of_slot[a.numpy()] >= 0).all()
+    assert (world.pool.record_of_slot[b.numpy()] >= 0).sum() == 1
 
 
-def test_a_prompt_gets_neighbouring_rows_while_there_are_any():
-    pool = ActivationPool(LAYOUT, num_rows=12, num_slots=64)
-    slots = torch.arange(1, 13)
-    assert pool.alloc(slots).tolist() == list(range(12))
-    # Freed in another order, as eviction does, with rows 4 and 9 still held.
-    for gone in ([8, 7, 6], [11, 12, 9], [2, 1, 4, 3]):
-        pool.free_slots(torch.tensor(gone))
-    assert pool.alloc(torch.arange(20, 24)).tolist() == [5, 6, 7, 8]
-    assert pool.alloc(torch.arange(30, 33)).tolist() == [0, 1, 2]
-    assert pool.alloc(torch.arange(40, 43)).tolist() == [3, 10, 11]
-    pool.check_integrity()
+def test_rows_of_answers_that_will_not_be_voted_on_go_first():
+    world = World(host_rows=0, fraction=0.5)
+    a, b, c = world.serve(2), world.serve(2), world.serve(2)
+    world.record(a)
+    world.record(b)
+    # The older answer has a vote that waits to be trained; the newer one's was trained.
+    world.pool.finish("a", a, 2, 0.0)
+    world.pool.finish("b", b, 2, 50.0)
+    world.pool.voted("a", 60.0)
+    world.pool.voted("b", 60.0)
+    world.pool.consumed("b")
+    world.pool.appraise(61.0)
+    world.record(c)
+    assert (world.pool.record_of_slot[a.numpy()] >= 0).all()
+    assert (world.pool.record_of_slot[b.numpy()] == -1).all()
+
+
+def test_a_prompt_gets_neighbouring_slots_while_there_are_any():
+    world = World(host_rows=0)
+    size = world.layout.slots_per_row
+    slots = world.serve(7)
+    rows = world.pool.record(slots, torch.arange(7))
+    cells = world.pool.device.cells[rows].reshape(-1)
+    assert (np.diff(cells) == 1).all()
+    world.allocator.free(slots[[1, 2, 3, 5]])
+    again = world.pool.record(slots[[1, 2, 3]], torch.arange(3))
+    assert again.size == 3
+    assert (np.diff(world.pool.device.cells[again].reshape(-1)) == 1).all()
+    assert world.pool.device.cells.shape[1] == size
+
+
+def test_a_cache_narrower_than_the_activations_holds_them_as_bytes():
+    # float16 slots, float32 rows: a cell is two float32 in four float16.
+    world = World(host_rows=4, kv_dtype=torch.float16)
+    slots = world.serve(3)
+    held = world.record(slots)
+    world.pool.finish("a", slots, 3, 0.0)
+    found = check_out(world, "a", slots)
+    expected = [(stamp, float(slot)) for slot, stamp in held.items()]
+    assert world.read(found) == expected
+    assert world.pool.hedge(8) == 3
+    out = world.pool.check_out("a", slots[:0], 3)
+    on_host = as_recorded(out).without(torch.from_numpy(out.rows))
+    assert world.read(on_host) == expected
+
+
+@pytest.mark.parametrize("state", RowState)
+@pytest.mark.parametrize("event", RowEvent)
+def test_every_state_and_event_is_listed_or_cannot_happen(state, event):
+    """Places and slots agree with what the states say of them."""
+    on_device = {RowState.DEVICE, RowState.HEDGED}
+    on_host = {RowState.HEDGED, RowState.HOSTED, RowState.DETACHED}
+    possible = {
+        RowEvent.RECORD: state is RowState.FREE,
+        RowEvent.HEDGE: state is RowState.DEVICE,
+        RowEvent.RECLAIM: state in on_device,
+        RowEvent.SLOT_FREED: state not in (RowState.FREE, RowState.DETACHED),
+        RowEvent.SLOT_LOST: state not in (RowState.FREE, RowState.DETACHED),
+        RowEvent.UNHEDGE: state in on_host,
+        RowEvent.UNWANTED: state is not RowState.FREE,
+    }
+    after = ROW.get((state, event))
+    assert (after is not None) == possible[event]
+    if after is None:
+        return
+    if event is RowEvent.RECLAIM:
+        assert after not in on_device
+        assert (after in on_host) == (state in on_host)
+    if event is RowEvent.UNHEDGE:
+        assert after not in on_host
+        assert (after in on_device) == (state in on_device)
+    if event in (RowEvent.SLOT_FREED, RowEvent.SLOT_LOST):
+        assert after not in on_device
+        assert (after is RowState.DETACHED) == (event is RowEvent.SLOT_LOST and state in on_host)

@@ -27,10 +27,10 @@ class Service:
     config: Config
     ledger: Ledger
     state: str = "idle"
-    num_wakes: int = 0
+    votes: list[str] = dataclasses.field(default_factory=list)
 
-    def wake(self) -> None:
-        self.num_wakes += 1
+    async def voted(self, completion_id: str) -> None:
+        self.votes.append(completion_id)
 
     async def settle(self, rid: str) -> None:
         """Completions here are stored before anybody can ask."""
@@ -123,7 +123,7 @@ async def test_create_replace_get_delete(client: httpx.AsyncClient, service: Ser
     assert created.items() >= vote.items()
     assert created["object"] == "feedback"
     assert (created["state"], created["step"], created["version"]) == ("pending", None, None)
-    assert service.num_wakes == 1
+    assert len(service.votes) == 1
     response = await client.post("/v1/feedback", json={**vote, "rating": "down"})
     assert response.status_code == 200
     assert (response.json()["id"], response.json()["rating"]) == ("vote-1", "down")

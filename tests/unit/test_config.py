@@ -13,7 +13,7 @@ from alchemist.server.config import (
     LINEAR_MODULES,
     TINY_OPTIONS,
     Config,
-    auto_activation_bytes,
+    auto_host_bytes,
     parse,
     physical_memory_bytes,
 )
@@ -75,22 +75,24 @@ def test_command_line_over_environment_over_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("word", "count"), [("2", 2**31), ("512MiB", 2**29), ("1.5gib", 3 * 2**29), ("auto", 0)]
+    ("word", "count"),
+    [("2", 2**31), ("512MiB", 2**29), ("1.5gib", 3 * 2**29), ("0", 0), ("auto", -1)],
 )
-def test_activation_memory_units(word: str, count: int) -> None:
-    assert parse(["--activation-memory", word], {})[0].activation_memory_bytes == count
+@pytest.mark.parametrize("option", ["--activation-host-gb", "--activation-memory"])
+def test_activation_memory_units(option: str, word: str, count: int) -> None:
+    assert parse([option, word], {})[0].activation_host_bytes == count
 
 
 def test_activation_memory_larger_than_the_machine(capsys: pytest.CaptureFixture[str]) -> None:
     too_much = f"{physical_memory_bytes() // 2**30 + 1}GiB"
-    message = usage_error(capsys, ["--activation-memory", too_much])
-    assert "--activation-memory is " in message
+    message = usage_error(capsys, ["--activation-host-gb", too_much])
+    assert "--activation-host-gb is " in message
     assert "this machine has" in message
 
 
 def test_automatic_activation_memory_is_a_capped_tenth() -> None:
-    assert auto_activation_bytes(20 * 2**30) == 2 * 2**30
-    assert auto_activation_bytes(800 * 2**30) == 8 * 2**30
+    assert auto_host_bytes(20 * 2**30) == 2 * 2**30
+    assert auto_host_bytes(800 * 2**30) == 8 * 2**30
 
 
 @pytest.mark.parametrize(
@@ -103,8 +105,17 @@ def test_automatic_activation_memory_is_a_capped_tenth() -> None:
         (["--max-grad-norm", "-1"], "--max-grad-norm is -1.0; allowed: 0 or more"),
         (["--objective", "ppo"], "allowed: kto, apo_zero_unpaired, dpo, sft or module:function"),
         (["--target-modules", "q_proj,embed"], "--target-modules is ('q_proj', 'embed')"),
-        (["--activation-memory", "2 potatoes"], "a number in GiB"),
-        (["--activation-memory", "0"], "a number in GiB"),
+        (
+            ["--activation-host-gb", "2 potatoes"],
+            "--activation-host-gb is '2 potatoes'; allowed: auto",
+        ),
+        (["--activation-host-gb", "-1"], "a number in GiB"),
+        (["--activation-device-fraction", "0"], "is 0.0; allowed: above 0, up to 1"),
+        (["--activation-device-fraction", "1.5"], "is 1.5; allowed: above 0, up to 1"),
+        (
+            ["--activation-eviction", "fifo"],
+            "--activation-eviction is 'fifo'; allowed: one of value, lru",
+        ),
         (["--beta"], "--beta needs a value"),
         (["--beta", "--no-train"], "--beta needs a value"),
         (["--no-train=maybe"], "allowed: true or false"),

@@ -198,8 +198,12 @@ def test_row_layout_has_the_models_sizes():
     shape = ModelShape.from_config(random_model("qwen3").config)
     layout = shape.row_layout(torch.bfloat16)
     assert layout.dtype == "bfloat16"
-    assert layout.fields["k"] == (24 + 40, 20)
-    assert layout.width == 24 + 40 + 20 + 40 + 24 + 80
+    # In cells of 20: x takes two, of which the second is mostly empty, as mid does; q and attn two each, k one.
+    assert layout.cell == 20
+    assert layout.fields["k"] == (40 + 40, 20)
+    assert layout.fields["gate_up"] == (40 + 40 + 20 + 40 + 40, 80)
+    assert layout.width == 260 + 2 * 20
+    assert layout.slots_per_row == 7
 
 
 def test_weights_are_views_and_checked():

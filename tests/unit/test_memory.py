@@ -44,13 +44,16 @@ def peak_bytes(run):
 def view_of(shape, dtype, num_rows):
     """Rows of noise: sizes do not depend on what is in them."""
     layout = shape.row_layout(dtype)
-    kv = (num_rows, shape.num_kv_heads, shape.head_dim)
+    size = layout.slots_per_row
+    kv = (num_rows * (1 + size), shape.num_kv_heads, shape.head_dim)
 
     def buffers(*size):
         return [torch.randn(size).to(dtype) for _ in range(shape.num_layers)]
 
     gens = torch.zeros(num_rows, dtype=torch.int64)
-    return ActivationView(layout, buffers(num_rows, layout.width), buffers(*kv), buffers(*kv), gens)
+    cells = torch.arange(num_rows, kv[0]).view(num_rows, size)
+    host = buffers(0, layout.width)
+    return ActivationView(layout, host, buffers(*kv), buffers(*kv), gens, cells)
 
 
 def make_samples(count, shared, prompt, response, share, vocab_size):

@@ -9,7 +9,13 @@ from alchemist.protocol.errors import PeerProtocolError
 
 SAMPLES = [
     m.Stop(),
-    m.CheckedOut(ticket=3, items=[(b"1", b"2", b"3")]),
+    m.CheckedOut(
+        ticket=3,
+        places=[
+            None,
+            m.Places(slots=b"1", rows=b"2", gens=b"3", hedge_rows=b"4", hedge_gens=b"5"),
+        ],
+    ),
     m.Train(
         step=1,
         parent=0,
@@ -17,6 +23,7 @@ SAMPLES = [
         samples=[
             m.TrainSample(
                 feedback_id="f",
+                completion_id="c",
                 label=True,
                 prompt_ids=m.pack_ids([1, 2]),
                 response_ids=m.pack_ids([3]),

@@ -226,7 +226,7 @@ def test_rows_revoked_at_any_layer_are_recomputed(model, max_tokens):
         engine.view = recorder.view
         mine = recorded(recorder, model, adapter, samples, share=2)
         row = int(mine[1].recorded.rows[-1])
-        engine.gate = RevokingGate(at, recorder.row_gen, row)
+        engine.gate = RevokingGate(at, recorder.gens, row)
         result = engine.gradients(mine, adapter, KTO)
         assert relative_error(result.grads, grads) < 1e-10
         assert result.loss == pytest.approx(loss, abs=1e-12)
@@ -243,7 +243,7 @@ def test_score_raises_when_rows_are_gone(model):
     (before,) = engine.score([sample.pair], adapter)
     (replayed,) = engine.score([sample.pair], adapter, [sample.recorded])
     torch.testing.assert_close(before, replayed)
-    recorder.row_gen += 1
+    recorder.gens += 1
     with pytest.raises(RowsRevoked):
         engine.score([sample.pair], adapter, [sample.recorded])
 
@@ -318,7 +318,7 @@ def test_rows_of_other_tokens_are_found(model):
     other[held[1]] = (other[held[1]] + 1) % VOCAB
     assert engine.foreign_token(other, sample.recorded) == held[1]
     row = sample.recorded.rows[held[2]]
-    recorder.pool[0][row, 0] += 1
+    recorder.damage(int(row))
     assert engine.foreign_token(sample.prompt_ids, sample.recorded) == held[2]
-    recorder.row_gen[row] += 1
+    recorder.gens[row] += 1
     assert engine.foreign_token(sample.prompt_ids, sample.recorded) is None

@@ -1,0 +1,42 @@
+"""The server's end of the line to the scheduler's row desk: tells of votes, asks how the activation pool is."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import msgspec
+import zmq
+import zmq.asyncio
+
+from alchemist.protocol import messages
+
+
+class RowLink:
+    """A DEALER; what it sends before the scheduler listens waits. Lives on the HTTP process's event loop."""
+
+    def __init__(self, context: zmq.asyncio.Context, address: str) -> None:
+        self._socket = context.socket(zmq.DEALER)
+        self._socket.setsockopt(zmq.LINGER, 0)
+        self._socket.connect(address)
+        self._asking = asyncio.Lock()
+
+    async def voted(self, rid: str) -> None:
+        """A vote on a completion is on disk."""
+        await self._socket.send(messages.encode(messages.Voted(rid=rid)))
+
+    async def stats(self, timeout: float = 1.0) -> dict[str, Any]:
+        """See `ActivationPool.stats`; empty when nothing is recorded, or when the scheduler, which answers between two
+        batches, has not answered within `timeout` seconds.
+        """
+        async with self._asking:
+            # An answer that came too late for the one who asked.
+            while await self._socket.poll(0):
+                await self._socket.recv()
+            await self._socket.send(messages.encode(messages.AskRows()))
+            if not await self._socket.poll(int(timeout * 1000)):
+                return {}
+            answer = messages.decode_to_main(await self._socket.recv())
+            assert isinstance(answer, messages.RowStats)
+            stats: dict[str, Any] = msgspec.json.decode(answer.stats)
+            return stats
