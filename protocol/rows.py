@@ -3,10 +3,12 @@
 FREE      nobody's
 DEVICE    in borrowed KV slots; its token is in the KV cache
 HEDGED    the same, and copied to the host
-HOSTED    on the host only, because serving took the borrowed slots back; its token is still in the KV cache
+HOSTED    on the host only, because serving took the borrowed slots back, or because there was none to borrow; its token
+          is still in the KV cache
 DETACHED  on the host only; its token left the KV cache, and a completion that may still be voted on wants it
 
-RECORD      prefill computed the token
+RECORD      the token was computed, and kept in borrowed slots
+RECORD_HOST the same, where no slot could be borrowed: kept on the host
 HEDGE       the copy to the host is complete
 RECLAIM     its borrowed slots are wanted: by serving, or for newer rows
 SLOT_FREED  its token leaves the KV cache (or is computed anew), and no completion wants the row
@@ -30,6 +32,7 @@ class RowState(enum.IntEnum):
 
 class RowEvent(enum.Enum):
     RECORD = "record"
+    RECORD_HOST = "record on the host"
     HEDGE = "hedge"
     RECLAIM = "reclaim"
     SLOT_FREED = "slot freed"
@@ -41,6 +44,7 @@ class RowEvent(enum.Enum):
 _S, _E = RowState, RowEvent
 ROW: dict[tuple[RowState, RowEvent], RowState] = {
     (_S.FREE, _E.RECORD): _S.DEVICE,
+    (_S.FREE, _E.RECORD_HOST): _S.HOSTED,
     (_S.DEVICE, _E.HEDGE): _S.HEDGED,
     (_S.DEVICE, _E.RECLAIM): _S.FREE,
     (_S.DEVICE, _E.SLOT_FREED): _S.FREE,

@@ -117,8 +117,17 @@ class Config:
     max_staleness: int = 4
     """Versions a recording may be behind the live one; older ones are recomputed (default: 4)."""
 
-    record: Literal["prefill", "none"] = "prefill"
-    """Which activations serving keeps for training: prefill or none (default: prefill)."""
+    record: Literal["prefill", "decode", "none"] = "prefill"
+    """Which activations serving keeps for training: of prompts (prefill), of prompts and answers
+    (decode), or none (default: prefill)."""
+
+    record_fraction: float = 1.0
+    """Share of requests that are recorded, 0 to 1; a request with the header X-Alchemist-Record: false
+    never is (default: 1)."""
+
+    record_min_tokens: int = 1
+    """Prompts shorter than this many tokens are not recorded: computing them again costs less
+    (default: 1)."""
 
     activation_device_fraction: float = 1.0
     """Share of the KV cache's slots that recorded activations may borrow while serving does not need
@@ -202,6 +211,7 @@ class Config:
             self, "target_modules", is_known, "all-linear or some of " + ",".join(LINEAR_MODULES)
         )
         _require(self, "data_dir", bool(self.data_dir), "a path")
+        _require(self, "record_fraction", 0 <= self.record_fraction <= 1, "0 to 1")
         fraction = self.activation_device_fraction
         _require(self, "activation_device_fraction", 0 < fraction <= 1, "above 0, up to 1")
         physical = physical_memory_bytes()
@@ -248,6 +258,7 @@ _INTEGER_RANGES = {
     "train_batch_size": (1, 65536),
     "train_max_tokens": (1, 2**31 - 1),
     "max_staleness": (0, 2**31 - 1),
+    "record_min_tokens": (1, 2**31 - 1),
     "keep_versions": (1, 2**31 - 1),
     "keep_completions": (0, 2**31 - 1),
     "seed": (0, 2**63 - 1),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import time
+import zlib
 from array import array
 from typing import Any
 
@@ -35,6 +36,8 @@ _HEALTH_CHECK = "HEALTH_CHECK"
 
 PORTION_BYTES = 1 << 20
 """Copied to the host at a time: a fraction of a millisecond, which is how long a new request may wait for it."""
+OPT_OUT = "alchemist_no_record"
+"""Key in a request's `custom_params`, which SGLang hands on to the scheduler."""
 APPRAISE_S = 1.0
 """How often the rows' values are brought up to date, at most."""
 
@@ -61,6 +64,9 @@ class Engine:
         self.recorder: Recorder | None = None
         self._logprobs: dict[str, list[tuple[int, torch.Tensor, int]]] = {}
         self._tickets: dict[tuple[bytes, int], list[tuple[Ids, Ids]]] = {}
+        self._opted_out: set[str] = set()
+        """Requests in flight that asked not to be recorded."""
+        self._was_prefill = False
         self._rows_per_portion = 1
         self._appraised = 0.0
 
@@ -115,7 +121,7 @@ class Engine:
             )
         layout = layout_of(runner)
         self._share_weights(runner.model)
-        if self.config.record == "prefill":
+        if self.config.record != "none":
             self._make_pool(runner, layout)
         rows = None
         if self.pool is not None:
@@ -198,10 +204,42 @@ class Engine:
 
     def begin_forward(self, batch: Any) -> bool:
         """Whether this forward is being recorded."""
-        if self.recorder is None or not batch.forward_mode.is_extend():
+        if self.recorder is None:
             return False
-        self.recorder.begin(batch.out_cache_loc, batch.positions)
-        return True
+        if batch.forward_mode.is_extend():
+            self._was_prefill = True
+            which = self._wanted(batch)
+            if which is not None and not which.numel():
+                return False
+            return self.recorder.begin(batch.out_cache_loc, batch.positions, which)
+        if self.config.record != "decode" or not batch.forward_mode.is_decode():
+            return False
+        wanted = [self._is_wanted(rid) for rid in batch.rids]
+        which = None if all(wanted) else torch.nonzero(torch.tensor(wanted)).flatten()
+        if which is not None and not which.numel():
+            return False
+        return self.recorder.begin(batch.out_cache_loc, batch.positions, which)
+
+    def _wanted(self, batch: Any) -> torch.Tensor | None:
+        """Which tokens of a prefill are to be recorded; None: all."""
+        lengths, total = batch.extend_seq_lens_cpu, batch.seq_lens_cpu.tolist()
+        wanted = [
+            length >= self.config.record_min_tokens and self._is_wanted(rid)
+            for rid, length in zip(batch.rids, total, strict=True)
+        ]
+        if all(wanted):
+            return None
+        mask = torch.tensor(wanted).repeat_interleave(torch.as_tensor(lengths))
+        return torch.nonzero(mask).flatten()
+
+    def _is_wanted(self, rid: str) -> bool:
+        """Whether a request is to be recorded: it has not been opted out, and it is in the share of those that are. By
+        its id, so that all its chunks and steps are treated alike.
+        """
+        if rid in self._opted_out:
+            return False
+        fraction = self.config.record_fraction
+        return fraction >= 1 or zlib.crc32(rid.encode()) < fraction * 2**32
 
     def end_forward(self) -> None:
         assert self.recorder is not None
@@ -224,6 +262,7 @@ class Engine:
     def finished(self, req: Any, tree_cache: Any) -> None:
         """A request has ended and its KV is about to go to the tree: report it."""
         noted = self._logprobs.pop(req.rid, [])
+        self._opted_out.discard(req.rid)
         if req.rid.startswith(_HEALTH_CHECK):
             return
         prompt = list(req.origin_input_ids)
@@ -257,8 +296,12 @@ class Engine:
     def released(self, req: Any, tree_cache: Any) -> None:
         """The request's KV is in the tree now, under slots that may be others' (those of an equal prefix)."""
         if self.pool is not None and not req.rid.startswith(_HEALTH_CHECK):
-            slots = match_slots(tree_cache, list(req.origin_input_ids), req.extra_key)
-            self.pool.finish(req.rid, slots, len(req.origin_input_ids), time.monotonic())
+            token_ids = list(req.origin_input_ids)
+            if self.config.record == "decode":
+                # The last token was sampled and never computed.
+                token_ids += list(req.output_ids_through_stop)[:-1]
+            slots = match_slots(tree_cache, token_ids, req.extra_key)
+            self.pool.finish(req.rid, slots, len(token_ids), time.monotonic())
 
     # The scheduler's loop
 
@@ -266,7 +309,9 @@ class Engine:
         """Called once a loop, before the requests are looked at."""
         if requests:
             self.lease.set_engine_busy(True)
-        if self.recorder is not None:
+            self._opted_out.update(r.rid for r in requests if _is_opted_out(r))
+        if self._was_prefill and self.recorder is not None:
+            self._was_prefill = False
             self.recorder.flush()
         if self._scheduler is None:
             self._open_desk(scheduler)
@@ -338,6 +383,8 @@ class Engine:
         # A new trainer has a new identity: what a dead one held is given back here.
         for other in [key for key in self._tickets if key[0] != peer]:
             self._check_in(other)
+        if self.recorder is not None:
+            self.recorder.flush()
         places: list[messages.Places | None] = []
         held = self._tickets.setdefault((peer, message.ticket), [])
         for prompt in message.prompts:
@@ -358,6 +405,12 @@ class Engine:
 
     def close(self) -> None:
         self._context.destroy(linger=1000)
+
+
+def _is_opted_out(request: Any) -> bool:
+    """Whether the front has marked a request as not to be recorded."""
+    sampling = getattr(request, "sampling_params", None)
+    return bool((getattr(sampling, "custom_params", None) or {}).get(OPT_OUT))
 
 
 def layout_of(runner: Any) -> RowLayout:

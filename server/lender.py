@@ -18,7 +18,9 @@ import numpy as np
 import torch
 
 MIN_RECLAIM_SLOTS = 1024
-"""Taken back at a time, if so many are lent: a decode step needs one slot, and the next step another."""
+"""Taken back at a time, if that ends no row without a copy: a decode step needs one slot, the next one another."""
+KEPT_FREE = 64
+"""One slot in so many is not lent, so that not every decode step has to take slots back."""
 NUM_TIMES = 4096
 
 
@@ -37,19 +39,19 @@ class Lender:
         self.num_reclaimed = 0
         """Slots taken back since the start."""
         self.reclaims: deque[tuple[int, float]] = deque(maxlen=NUM_TIMES)
-        self._give_back: Callable[[int], np.ndarray] = lambda count: np.empty(0, np.int64)
+        self._give_back: Callable[[int, int], np.ndarray] = lambda need, more: np.empty(0, np.int64)
 
     def install(
         self,
-        give_back: Callable[[int], np.ndarray],
+        give_back: Callable[[int, int], np.ndarray],
         on_free: Callable[[torch.Tensor], None],
         on_clear: Callable[[], None],
     ) -> None:
         """Wrap the allocator's methods.
 
         Args:
-            give_back: called with a number of slots; returns at least so many borrowed ones, or all, in whole
-                pages. May not wait.
+            give_back: called with how many slots are needed and how many would be welcome; returns borrowed ones,
+                in whole pages: as many as are needed, or all. May not wait.
             on_free: called with slots before they are freed.
             on_clear: called before all slots are freed, lent ones too.
         """
@@ -122,7 +124,8 @@ class Lender:
     def borrow(self, num_slots: int) -> np.ndarray:
         """Up to `num_slots` free slots, in whole pages, ascending: int64, perhaps none. Slot 0 is never among them."""
         allocator = self._allocator
-        count = min(num_slots // self.page_size, len(allocator.free_pages))
+        free = len(allocator.free_pages) - allocator.size // self.page_size // KEPT_FREE
+        count = min(num_slots // self.page_size, free)
         if count <= 0:
             return np.empty(0, np.int64)
         pages = np.sort(allocator.free_pages[-count:].numpy())
@@ -147,7 +150,7 @@ class Lender:
         if short <= 0 or not self.num_lent:
             return
         started = time.perf_counter()
-        slots = self._give_back(max(short * self.page_size, MIN_RECLAIM_SLOTS))
+        slots = self._give_back(short * self.page_size, MIN_RECLAIM_SLOTS)
         self.give(slots)
         self.num_reclaimed += slots.size
         self.reclaims.append((int(slots.size), time.perf_counter() - started))

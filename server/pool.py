@@ -8,6 +8,11 @@ happen to a row is `protocol.rows.ROW`, and every change here goes through that 
 The device tier borrows free KV slots (`lender.py`) and gives them back the instant serving allocates, in this order:
 borrowed slots without a row; rows that have a copy on the host, least valuable first; rows without one; rows that the
 trainer is reading. Nothing waits for a copy. `hedge` makes the copies, in small portions, when nobody waits.
+A cache that has been busy for a while has no free slots, because old prefixes fill it; they are serving's, too, and are
+not evicted for rows: what finds no slot is recorded on the host at once.
+
+A row number, here and in the trainer, names a place: below `num_device_rows` one on the device, from there on one on
+the host.
 
 `gens` lies in shared memory, a number for every place on the device and on the host. It is raised the moment a place
 stops being what it was, before anything new is written there: a reader in another process compares it after reading,
@@ -103,6 +108,7 @@ class ActivationPool:
         # By what finds a record.
         self.record_of_slot = np.full(num_slots, -1)
         self._record_of_device = np.full(num_device_rows, -1)
+        self._record_of_host = np.full(num_host_rows, -1)
         self._free_records = _Stack(np.arange(num_records))
         self._free_host = _Stack(np.arange(num_host_rows))
         self._without_slots = _Stack(np.arange(num_device_rows))
@@ -143,28 +149,48 @@ class ActivationPool:
             positions: [n] of the tokens in their sequences.
 
         Returns:
-            [m] device rows of the first m ≤ n tokens: as many as there is room for.
+            [m] rows of the first m ≤ n tokens: as many as there is room for, first on the device, then on the host.
         """
         self.free_slots(slots)
-        count = self._provide(slots.numel())
-        self.num_lost += slots.numel() - count
-        rows, records = self._take_spare(count), self._free_records.pop(count)
-        own = slots[:count].numpy()
-        self.record_of_slot[own] = records
-        self._record_of_device[rows] = records
-        self._slot[records], self._device[records] = own, rows
-        self._change(records, RowEvent.RECORD)
         self._tick += 1
-        self._cost[records] = 1 + positions[:count].numpy() / self._half_flops
-        self._value[records] = (
-            self._tick if self._eviction == "lru" else self._cost[records] * self._prior
+        cost = 1 + positions.numpy() / self._half_flops
+        is_lru = self._eviction == "lru"
+        value = np.full_like(cost, self._tick) if is_lru else cost * self._prior
+        count = self._provide(slots.numel())
+        total = count + self._provide_host(slots.numel() - count, float(value.min(initial=np.inf)))
+        self.num_lost += slots.numel() - total
+        own, records = slots[:total].numpy(), self._free_records.pop(total)
+        rows: Ids = np.concatenate(
+            (self._take_spare(count), np.sort(self._free_host.pop(total - count)))
         )
+        self.record_of_slot[own], self._slot[records] = records, own
+        self._cost[records], self._value[records] = cost[:total], value[:total]
+        mine, theirs = records[:count], records[count:]
+        self._record_of_device[rows[:count]], self._device[mine] = mine, rows[:count]
+        self._record_of_host[rows[count:]], self._host[theirs] = theirs, rows[count:]
+        rows[count:] += self.num_device_rows
+        self._change(mine, RowEvent.RECORD)
+        self._change(theirs, RowEvent.RECORD_HOST)
         if self.num_host_rows and count:
-            self._to_hedge.append((records, self._gen[records]))
+            self._to_hedge.append((mine, self._gen[mine]))
         return rows
 
+    def write(self, layer: int, field: str, rows: Ids, value: torch.Tensor) -> None:
+        """Store a field [n, width] of `rows` [n], those on the device before those on the host."""
+        count = int((rows < self.num_device_rows).sum())
+        if count:
+            self.device.write(layer, field, rows[:count], value[:count])
+        if count < rows.size:
+            self.host.write(layer, field, rows[count:] - self.num_device_rows, value[count:])
+
+    def complete(self, rows: Ids) -> None:
+        """Keys and values of the rows' tokens are in the KV cache: copy those of rows on the host."""
+        hosted = rows[rows >= self.num_device_rows] - self.num_device_rows
+        if hosted.size:
+            self.device.copy_kv_to(self.host, self._slot[self._record_of_host[hosted]], hosted)
+
     def still(self, rows: Ids, gens: Ids) -> np.ndarray:
-        """Which device rows are still what they were when their generations were `gens`: bool [n]."""
+        """Which rows are still what they were when their generations were `gens`: bool [n]."""
         same: np.ndarray = self.gens[rows] == gens
         return same
 
@@ -194,12 +220,16 @@ class ActivationPool:
 
     # Lending
 
-    def give_back(self, num_slots: int) -> Ids:
-        """At least `num_slots` borrowed slots, or all: whole rows'."""
-        count = -(-num_slots // self.layout.slots_per_row)
-        if count > len(self._spare):
-            self._evict(count - len(self._spare), polite=False)
-        rows = self._spare.pop(min(count, len(self._spare)))
+    def give_back(self, need: int, welcome: int) -> Ids:
+        """`need` borrowed slots, or all, and up to `welcome` if no row is lost by it: whole rows'."""
+        size, spare = self.layout.slots_per_row, self._spare
+        more = -(-max(need, welcome) // size)
+        if more > len(spare):
+            self._evict(more - len(spare), only_copied=True)
+        count = -(-need // size)
+        if count > len(spare):
+            self._evict(count - len(spare), only_copied=False)
+        rows = spare.pop(min(more, len(spare)))
         self._without_slots.push(rows)
         slots: Ids = self.device.cells[rows].reshape(-1)
         return slots
@@ -219,8 +249,15 @@ class ActivationPool:
         if count > len(self._spare):
             # A few more than asked for, so that the search is not repeated for every request.
             missing = count - len(self._spare)
-            self._evict(max(missing, self.num_device_rows // 16), polite=True)
+            only_copied = self.num_host_rows > 0
+            self._evict(max(missing, self.num_device_rows // 16), only_copied, only_unread=True)
         return min(count, len(self._spare))
+
+    def _provide_host(self, count: int, value: float) -> int:
+        """Have free host rows for `count` tokens worth `value`; for how many there are."""
+        if count > len(self._free_host):
+            self._make_room(count - len(self._free_host), value)
+        return min(count, len(self._free_host))
 
     def _take_spare(self, count: int) -> Ids:
         """Spare rows, with neighbouring slots if so many are: one plain copy fills those."""
@@ -239,18 +276,19 @@ class ActivationPool:
                 spare.push(rows[order[start:stop]])
         return spare.pop(count)
 
-    def _evict(self, count: int, *, polite: bool) -> None:
-        """End the device places of up to `count` rows. When polite, none that the trainer is reading."""
-        (rows,) = np.nonzero(self._record_of_device >= 0)
-        records = self._record_of_device[rows]
+    def _evict(self, count: int, only_copied: bool, only_unread: bool = False) -> None:
+        """End the device places of up to `count` rows, the least valuable first, those being read last."""
+        records = self._record_of_device[self._record_of_device >= 0]
+        if only_copied:
+            records = records[self._host[records] >= 0]
         read = self._refs[records] > 0
-        if polite:
+        if only_unread:
             records, read = records[~read], read[~read]
         if count < records.size:
-            key = self._value[records] + 1e9 * (self.state[records] == RowState.DEVICE)
+            key = self._value[records] + 1e9 * (self._host[records] < 0)
             key[read] += 1e12
             records = records[np.argpartition(key, count - 1)[:count]]
-        self.num_dropped += int((self.state[records] == RowState.DEVICE).sum())
+        self.num_dropped += int((self._host[records] < 0).sum())
         self._change(records, RowEvent.RECLAIM)
 
     # Hedging
@@ -278,7 +316,7 @@ class ActivationPool:
                 continue
             to = np.sort(self._free_host.pop(records.size))
             self.device.copy_to(self.host, self._device[records], self._slot[records], to)
-            self._host[records] = to
+            self._host[records], self._record_of_host[to] = to, records
             self._change(records, RowEvent.HEDGE)
             self.num_hedged += records.size
             return int(records.size)
@@ -418,7 +456,7 @@ class ActivationPool:
         if lost.size:
             rows = self._host[lost]
             self.gens[rows + self.num_device_rows] += 1
-            self._host[lost] = -1
+            self._record_of_host[rows] = self._host[lost] = -1
             self._free_host.push(rows)
         ended = records[now == RowState.FREE]
         if ended.size:
@@ -434,7 +472,8 @@ class ActivationPool:
     def stats(self) -> dict[str, Any]:
         """Counts for metrics: rows by state, backlog, losses, and how long serving waited for its slots."""
         counts = np.bincount(self.state, minlength=len(RowState))
-        per_1000 = [1e9 * s / slots for slots, s in self._lender.reclaims if slots]
+        # Fewer than a thousand slots count as a thousand: they take no less.
+        per_1000 = [1e6 * s / max(1.0, slots / 1000) for slots, s in self._lender.reclaims]
         return {
             "rows": {s.name.lower(): int(counts[s]) for s in RowState if s is not RowState.FREE},
             "device_rows": self.num_device_rows,
@@ -465,10 +504,12 @@ class ActivationPool:
             assert (place[~on[self.state]] == -1).all(), "a place without a row"
             assert set(held) <= set(range(size)), "a place that is none"
             assert len(set(held)) == held.size, "a place twice"
-        (rows,) = np.nonzero(self._record_of_device >= 0)
-        assert (self._device[self._record_of_device[rows]] == rows).all(), "device row ↔ record"
+        (held,) = np.nonzero(self._record_of_device >= 0)
+        assert (self._device[self._record_of_device[held]] == held).all(), "device row ↔ record"
         unused = [*self._spare.all(), *self._without_slots.all()]
-        assert sorted([*rows, *unused]) == list(range(self.num_device_rows)), "device rows"
+        assert sorted([*held, *unused]) == list(range(self.num_device_rows)), "device rows"
+        (rows,) = np.nonzero(self._record_of_host >= 0)
+        assert (self._host[self._record_of_host[rows]] == rows).all(), "host row ↔ record"
         host = self._host[_ON_HOST[self.state]]
         assert sorted([*host, *self._free_host.all()]) == list(range(self.num_host_rows)), "host"
         (slots,) = np.nonzero(self.record_of_slot >= 0)
@@ -476,7 +517,7 @@ class ActivationPool:
         assert int((self._slot >= 0).sum()) == slots.size, "a record names a slot not its own"
         has_slot = self._slot[records] >= 0
         assert (has_slot == (self.state[records] != RowState.DETACHED)).all(), "slots by state"
-        lent = self.device.cells[np.sort([*rows, *self._spare.all()]).astype(int)].reshape(-1)
+        lent = self.device.cells[np.sort([*held, *self._spare.all()]).astype(int)].reshape(-1)
         assert len(set(lent)) == lent.size, "a slot borrowed twice"
         assert lent.size == self._lender.num_lent * self._lender.page_size, "the lender's count"
         assert (self._refs >= 0).all(), "negative readers"

@@ -1,9 +1,9 @@
-"""Records activations of prefill tokens into the activation pool, from hooks on the model's submodules.
+"""Records activations of prefill tokens, and if asked of decoded ones, from hooks on the model's submodules.
 
 Per decoder layer five tensors pass by that the backward pass needs (see `protocol.layout`). Where SGLang's fused
 kernels write into their inputs each is copied at once. Its native operations never do: there the tensors are kept, and
-copied by `flush` when the batch's tokens have been sent, so that no first token waits for it. Decode batches are not
-recorded: the modules have no hooks then.
+copied by `flush` when the batch's tokens have been sent, so that no first token waits for it; those of decode steps
+together, when the request has ended. Modules have no hooks in a batch that is not recorded.
 A token that cannot be recorded is simply computed again by the trainer; nothing here can fail a request.
 """
 
@@ -26,8 +26,8 @@ _Write = Callable[[str, torch.Tensor], None]
 _Hook = Callable[..., None]
 
 
-DEFER_BYTES = 64 << 20
-"""Most that tensors kept for `flush` may take; the rest of a batch is copied at once."""
+DEFER_BYTES = 96 << 20
+"""Most that tensors kept for `flush` may take; a batch beyond it is copied at once."""
 
 
 class Recorder:
@@ -39,11 +39,12 @@ class Recorder:
         """
         self._pool = pool
         self._taps: list[_Tap] = []
-        self._rows = np.arange(0)
-        self._gens = self._rows
+        self._batch = _Batch(np.arange(0), np.arange(0), slice(0), False, [])
+        """The one that is being computed."""
         self.num_recorded = 0
         self._may_defer = _is_functional(model.model.layers[0])
-        self._kept: list[tuple[int, str, torch.Tensor]] = []
+        self._token_bytes = layout.row_bytes
+        self._kept: list[_Batch] = []
         self._num_kept_bytes = 0
         q = layout.num_heads * layout.head_dim
         k = layout.num_kv_heads * layout.head_dim if layout.has_qk_norm else 0
@@ -57,50 +58,96 @@ class Recorder:
                 _Tap(layer.mlp.gate_up_proj._forward_hooks, _output(write, "gate_up")),
             ]
 
-    def begin(self, slots: torch.Tensor, positions: torch.Tensor) -> None:
-        """A prefill forward starts; its token i is at `positions[i]` and writes K/V slot `slots[i]`."""
-        # Rows may change hands now.
-        self.flush()
+    def begin(
+        self, slots: torch.Tensor, positions: torch.Tensor, which: torch.Tensor | None = None
+    ) -> bool:
+        """A forward starts; its token i is at `positions[i]` and writes K/V slot `slots[i]`. Whether any is recorded.
+
+        Args:
+            which: int64, ascending: the tokens to be recorded; None: all.
+        """
+        if which is not None:
+            slots, positions = slots[which], positions[which]
         try:
             rows = self._pool.record(slots, positions)
         except Exception:
             logger.exception("activation pool: no rows for this batch; it is not recorded")
-            return
-        if not rows.size:
-            return
-        self._rows, self._gens = rows, self._pool.gens[rows]
-        self.num_recorded += rows.size
+            return False
+        count = rows.size
+        if not count:
+            return False
+        tokens = slice(count) if which is None else which[:count]
+        size = self._token_bytes * (count if which is None else int(which[-1]) + 1)
+        if self._num_kept_bytes + size > DEFER_BYTES:
+            self.flush()
+        defer = self._may_defer and self._num_kept_bytes + size <= DEFER_BYTES
+        self._batch = _Batch(rows, self._pool.gens[rows], tokens, defer, [])
+        if defer:
+            self._kept.append(self._batch)
+            self._num_kept_bytes += size
+        self.num_recorded += count
         for tap in self._taps:
             tap.hooks[id(tap)] = tap.hook
+        return True
 
     def end(self) -> None:
+        """The forward is done."""
         for tap in self._taps:
             tap.hooks.pop(id(tap), None)
+        if not self._batch.is_deferred:
+            self._pool.complete(self._batch.rows)
 
     def _write(self, layer: int, field: str, value: torch.Tensor) -> None:
-        """Store [≥ n, width] activations of this batch's first n tokens."""
-        value = value[: self._rows.size]
-        size = value.numel() * value.element_size()
-        if self._may_defer and self._num_kept_bytes + size <= DEFER_BYTES:
-            self._kept.append((layer, field, value))
-            self._num_kept_bytes += size
+        """Store [tokens, width] activations of this batch."""
+        batch = self._batch
+        if batch.is_deferred:
+            batch.values.append(((layer, field), value))
         else:
-            self._pool.device.write(layer, field, self._rows, value)
+            self._pool.write(layer, field, batch.rows, value[batch.tokens])
 
     def flush(self) -> None:
-        """Copy what was kept. To be called before anybody is told of the rows, and once a loop of the scheduler.
+        """Copy what was kept. To be called before rows are read or copied to the host, and after each prefill.
 
         Rows may have ended since, and their slots may be serving's again: those are not touched.
         """
-        if not self._kept:
-            return
-        still = self._pool.still(self._rows, self._gens)
-        rows = self._rows[still]
-        which = None if still.all() else torch.from_numpy(still)
-        for layer, field, value in self._kept if rows.size else ():
-            self._pool.device.write(layer, field, rows, value if which is None else value[which])
+        rows: list[np.ndarray] = []
+        values: dict[tuple[int, str], list[torch.Tensor]] = {}
+        for batch in self._kept:
+            still = self._pool.still(batch.rows, batch.gens)
+            if not still.any():
+                continue
+            rows.append(batch.rows[still])
+            for place, value in batch.values:
+                mine = value[batch.tokens]
+                values.setdefault(place, []).append(
+                    mine if still.all() else mine[torch.from_numpy(still)]
+                )
         self._kept.clear()
         self._num_kept_bytes = 0
+        if not rows:
+            return
+        every, order = np.concatenate(rows), None
+        if len(rows) > 1:
+            # The pool takes rows on the device before rows on the host.
+            by_place = np.argsort(every)
+            every, order = every[by_place], torch.from_numpy(by_place)
+        for (layer, field), parts in values.items():
+            whole = parts[0] if len(parts) == 1 else torch.cat(parts)
+            self._pool.write(layer, field, every, whole if order is None else whole[order])
+        self._pool.complete(every)
+
+
+class _Batch(NamedTuple):
+    """Tokens that are recorded in one forward pass, and what was kept of them."""
+
+    rows: np.ndarray
+    gens: np.ndarray
+    """The rows' generations when the pass began."""
+    tokens: torch.Tensor | slice
+    """Which of the pass's tokens have the rows."""
+    is_deferred: bool
+    values: list[tuple[tuple[int, str], torch.Tensor]]
+    """((layer, field), [tokens of the pass, width])."""
 
 
 class _Tap(NamedTuple):

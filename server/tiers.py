@@ -56,6 +56,13 @@ class DeviceTier:
             index = torch.from_numpy(slots[:, begin : begin + count].reshape(-1))
             target.index_copy_(0, index, part.reshape(-1, cell))
 
+    def copy_kv_to(self, host: HostTier, slots: np.ndarray, host_rows: np.ndarray) -> None:
+        """Copy keys and values of tokens' `slots` to the host: every layer."""
+        own = torch.from_numpy(slots)
+        for layer, (key_cells, value_cells) in enumerate(self._planes):
+            host.write(layer, "keys", host_rows, key_cells[own])
+            host.write(layer, "values", host_rows, value_cells[own])
+
     def copy_to(
         self, host: HostTier, rows: np.ndarray, slots: np.ndarray, host_rows: np.ndarray
     ) -> None:
@@ -83,12 +90,22 @@ class HostTier:
 
     def __init__(self, layout: RowLayout, num_rows: int) -> None:
         self.num_rows = num_rows
+        self._fields = layout.fields
         dtype = getattr(torch, layout.dtype)
         specs: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
             str(layer): ((num_rows, layout.width), dtype) for layer in range(layout.num_layers)
         }
         self._arena = Arena("rows", specs, populate=True)
         self.data = [self._arena.tensors[str(layer)] for layer in range(layout.num_layers)]
+
+    def write(self, layer: int, field: str, rows: np.ndarray, value: Tensor) -> None:
+        """Store [n, field width] in `rows` [n]."""
+        start, width = self._fields[field]
+        target = self.data[layer][:, start : start + width]
+        if (np.diff(rows) == 1).all():
+            target[int(rows[0]) : int(rows[0]) + len(rows)].copy_(value)
+        else:
+            target.index_copy_(0, torch.from_numpy(rows), value)
 
     @property
     def handles(self) -> list[TensorHandle]:

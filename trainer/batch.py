@@ -28,7 +28,7 @@ class TokenBatch:
     Args:
         loss: sequences whose log-probabilities get a gradient.
         scored: sequences whose log-probabilities are only wanted as values.
-        recorded: for each of `loss` then `scored`, where its prompt is recorded, or None.
+        recorded: for each of `loss` then `scored`, where its tokens are recorded, or None.
     """
 
     def __init__(
@@ -123,12 +123,14 @@ def _records(
     for path, (prompt, _), record in zip(tree.paths, pairs, recorded, strict=True):
         if record is None:
             continue
-        if record.rows.numel() != len(prompt):
+        length = record.rows.numel()
+        if length not in (len(prompt), len(path)):
             raise ValueError(
-                f"a sample's record covers {record.rows.numel()} tokens, its prompt has {len(prompt)}"
+                f"a sample's record covers {length} tokens; its prompt has {len(prompt)}, with the "
+                f"response but for its last token {len(path)}"
             )
         known = record.rows >= 0
-        out[:, path[: len(prompt)][known]] = torch.stack(
+        out[:, path[:length][known]] = torch.stack(
             [record.rows[known], record.slots[known], record.gens[known]]
         )
     return out[0], out[1], out[2]

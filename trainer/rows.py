@@ -28,7 +28,8 @@ class RowsRevoked(RuntimeError):
 
 @dataclass(frozen=True)
 class Recorded:
-    """Where a sample's prompt tokens are recorded. int64 tensors of the prompt's length, on the CPU.
+    """Where a sample's tokens are recorded: its prompt's, or those and its response's but for the last one, which is
+    predicted and never read. int64 tensors of that length, on the CPU.
 
     A row of −1 is a missing token (its slot and generation are ignored). Only recorded positions
     may be relied on; any subset may be missing.
@@ -46,6 +47,11 @@ class Recorded:
             raise ValueError(
                 f"rows, slots and gens differ in length: {self.rows.numel()}, {self.slots.numel()}, {self.gens.numel()}"
             )
+
+    def head(self, length: int) -> Recorded:
+        """Of the first `length` tokens only."""
+        hedge = self.hedge and (self.hedge[0][:length], self.hedge[1][:length])
+        return Recorded(self.rows[:length], self.slots[:length], self.gens[:length], hedge)
 
     def without(self, gone: Tensor) -> Recorded:
         """The same without the rows `gone`: their copies on the host instead, where there are any."""

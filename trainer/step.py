@@ -278,7 +278,7 @@ class _Step:
         """Log-probabilities of `pairs` (by the sample whose prompt they have) at a group's adapter."""
 
         def attempt() -> tuple[list[Tensor], int]:
-            records = [self.samples[i].recorded for i in pairs]
+            records = [self._record(i, pair) for i, pair in pairs.items()]
             adapter = self.adapters[group]
             return self.engine.score_with(
                 self.phases, "forward", list(pairs.values()), adapter, records
@@ -287,6 +287,13 @@ class _Step:
         logps, computed = self._retry(pairs, attempt)
         self.tokens_recomputed += computed
         return dict(zip(pairs, logps, strict=True))
+
+    def _record(self, i: int, pair: Pair) -> Recorded | None:
+        """What is recorded of `pair`: sample i's prompt with its own response, or with another one's."""
+        record = self.samples[i].recorded
+        if record is None or list(pair[1]) == list(self.samples[i].response_ids):
+            return record
+        return record.head(len(pair[0]))
 
     def _retry(self, members: Iterable[int], attempt: Callable[[], T]) -> T:
         """Run `attempt`; when rows were revoked, forget those and run it again."""
@@ -321,7 +328,8 @@ class _Step:
             replay = self.engine.replay(self.phases)
             with self.phases.phase("forward"):
                 pairs = [self.samples[i].pair for i in members]
-                records = [self.samples[i].recorded for i in [*members, *together]]
+                records = [self.samples[i].recorded for i in members]
+                records += [self._record(i, pair) for i, pair in together.items()]
                 batch = TokenBatch(pairs, list(together.values()), records, self.engine._device)
                 state = replay.forward(batch, adapter, gradient=True)
             with self.phases.phase("loss"):

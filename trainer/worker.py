@@ -271,10 +271,10 @@ class Worker:
         for sample, rows in zip(samples, recorded, strict=True):
             if rows is None:
                 continue
-            token = self.engine.foreign_token(messages.unpack_ids(sample.prompt_ids), rows)
+            token = self.engine.foreign_token(messages.unpack_ids(_served(sample)), rows)
             if token is not None:
                 failed[sample.feedback_id] = (
-                    f"the activations recorded for token {token} of its prompt are not that token's"
+                    f"the activations recorded for token {token} are not that token's"
                 )
                 logger.error("feedback %s: %s", sample.feedback_id, failed[sample.feedback_id])
         return failed
@@ -306,7 +306,7 @@ class Worker:
                 messages.Prompt(
                     rid=samples[i].completion_id,
                     extra_key=samples[i].extra_key,
-                    token_ids=samples[i].prompt_ids,
+                    token_ids=_served(samples[i]),
                 )
                 for i in own
             ]
@@ -326,6 +326,13 @@ class Worker:
         ids = ids[:PROBE_TOKENS]
         logprobs = self.engine.score([(ids[:1], ids[1:])], served)[0]
         return ids, [float(value) for value in logprobs]
+
+
+def _served(sample: messages.TrainSample) -> bytes:
+    """Packed ids of the tokens that serving may have recorded: of the answer all but the last one, which was sampled
+    and never computed.
+    """
+    return sample.prompt_ids + (b"" if sample.is_correction else sample.response_ids[:-4])
 
 
 def _without(

@@ -115,9 +115,7 @@ def test_rows_that_are_not_their_tokens_fail_the_vote_and_nothing_else(server, p
             os.pwrite(memory.fileno(), old, rows["start"])
     found = server.http.get(f"/v1/feedback/{spoiled}").json()
     assert found["state"] == "failed"
-    assert (
-        "the activations recorded for token 0 of its prompt are not that token's" in found["reason"]
-    )
+    assert "the activations recorded for token 0 are not that token's" in found["reason"]
     good = server.vote(server.chat("What is 5 + 4?")["id"], "up")["id"]
     server.flush()
     assert server.http.get(f"/v1/feedback/{good}").json()["state"] == "trained"

@@ -99,7 +99,8 @@ class World:
                 for field, (_, width) in self.layout.fields.items():
                     if field not in ("keys", "values"):
                         value = torch.full((1, width), self.stamp + layer / 2)
-                        self.pool.device.write(layer, field, np.array([row]), value)
+                        self.pool.write(layer, field, np.array([row]), value)
+        self.pool.complete(rows)
         return held
 
     def read(self, found: Recorded) -> list[tuple[float, float]]:
@@ -376,6 +377,7 @@ def test_every_state_and_event_is_listed_or_cannot_happen(state, event):
     on_host = {RowState.HEDGED, RowState.HOSTED, RowState.DETACHED}
     possible = {
         RowEvent.RECORD: state is RowState.FREE,
+        RowEvent.RECORD_HOST: state is RowState.FREE,
         RowEvent.HEDGE: state is RowState.DEVICE,
         RowEvent.RECLAIM: state in on_device,
         RowEvent.SLOT_FREED: state not in (RowState.FREE, RowState.DETACHED),

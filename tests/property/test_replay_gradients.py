@@ -68,9 +68,16 @@ def as_pairs(samples):
     return pairs
 
 
+def served(sample):
+    """What serving computes of a sample, so what it may record: all but the response's last token."""
+    return [*sample.prompt_ids, *sample.response_ids[:-1]]
+
+
 def compare(model, samples, adapter, objective, masks, limit, max_tokens=1 << 16):
     if objective.name == "dpo":
-        samples, masks = as_pairs(samples), [m for mask in masks for m in (mask, ~mask)]
+        n = [len(s.prompt_ids) for s in samples]
+        masks = [m for i, mask in enumerate(masks) for m in (mask, ~mask[: n[i]])]
+        samples = as_pairs(samples)
     engine = engine_of(model, max_tokens=max_tokens)
     dtype = next(model.parameters()).dtype
     recorder = Recorder(engine.shape, dtype)
@@ -78,7 +85,9 @@ def compare(model, samples, adapter, objective, masks, limit, max_tokens=1 << 16
     group = VersionGroup(adapter, samples)
     loss, grads, kl = naive_step(model, [group], objective)
     taken = [
-        dataclasses.replace(s, recorded=recorder.record(model, adapter, s.prompt_ids, mask))
+        dataclasses.replace(
+            s, recorded=recorder.record(model, adapter, served(s)[: mask.numel()], mask)
+        )
         for s, mask in zip(samples, masks, strict=True)
     ]
     result = engine.gradients(taken, adapter, objective)
@@ -104,9 +113,10 @@ def test_any_tree_any_mask_any_objective(family, data):
         adapter = random_adapter(shape, torch.float64, 3, config)
     else:
         adapter = LoraAdapter.init(shape, config, 3).as_served(torch.float64)
+    # Of prompts alone, or of prompts and answers.
+    lengths = [data.draw(st.sampled_from([len(s.prompt_ids), len(served(s))])) for s in samples]
     masks = [
-        torch.tensor(data.draw(st.lists(st.booleans(), min_size=n, max_size=n)))
-        for n in (len(s.prompt_ids) for s in samples)
+        torch.tensor(data.draw(st.lists(st.booleans(), min_size=n, max_size=n))) for n in lengths
     ]
     max_tokens = data.draw(st.sampled_from([1 << 16, 9, 1]))
     compare(model, samples, adapter, objective, masks, LIMITS[torch.float64], max_tokens)

@@ -43,19 +43,14 @@ def make_samples(count, seed=0, shared=5):
     ]
 
 
-def recorded(recorder, model, adapter, samples, share=0.7, seed=0):
+def recorded(recorder, model, adapter, samples, share=0.7, seed=0, answers=False):
+    """The samples with a share of their prompts' tokens recorded; `answers`: and of their answers'."""
     generator = torch.Generator().manual_seed(seed)
+    tokens = [[*s.prompt_ids, *(s.response_ids[:-1] if answers else ())] for s in samples]
+    masks = [torch.rand(len(t), generator=generator) < share for t in tokens]
     return [
-        dataclasses.replace(
-            s,
-            recorded=recorder.record(
-                model,
-                adapter,
-                s.prompt_ids,
-                torch.rand(len(s.prompt_ids), generator=generator) < share,
-            ),
-        )
-        for s in samples
+        dataclasses.replace(s, recorded=recorder.record(model, adapter, t, mask))
+        for s, t, mask in zip(samples, tokens, masks, strict=True)
     ]
 
 
@@ -116,6 +111,25 @@ def test_mixed_versions_and_micro_batches_equal_the_naive_step(model, objective,
     assert result.loss == pytest.approx(loss, abs=1e-12)
     assert result.kl == pytest.approx(kl, abs=1e-12)
     assert relative_error(result.grads, grads) < 1e-10
+    assert result.tokens_reused > 0
+
+
+@pytest.mark.parametrize("name", ["sft", "kto", "apo_zero_unpaired"])
+def test_a_completion_recorded_whole_needs_no_forward(model, name):
+    """Log-probabilities and gradient from rows alone; only the KL estimate's other answers are computed."""
+    engine = engine_of(model)
+    recorder = Recorder(engine.shape, torch.float64)
+    engine.view = recorder.view
+    adapter = random_adapter(engine.shape, torch.float64, 3)
+    samples = make_samples(4)
+    objective = Objective(name=name, reference="served" if name == "sft" else "base", beta=0.3)
+    expected = naive_step(model, [VersionGroup(adapter, samples)], objective)
+    taken = recorded(recorder, model, adapter, samples, share=1.1, answers=True)
+    result = engine.gradients(taken, adapter, objective)
+    assert result.loss == pytest.approx(expected[0], abs=1e-12)
+    assert relative_error(result.grads, expected[1]) < 1e-10
+    others = sum(len(s.response_ids) - 1 for s in samples) if name == "kto" else 0
+    assert result.tokens_recomputed <= others
     assert result.tokens_reused > 0
 
 
