@@ -53,10 +53,21 @@ class LayerLora:
     gate_up: tuple[LoraPart, ...] = ()
     down: tuple[LoraPart, ...] = ()
     scaling: float = 1.0
+    num_tokens: int | None = None
+    """It applies to the first so many tokens, the rest is the base model's; None: to all."""
+    num_queries: int | None = None
+    """The same of the queries."""
 
     @classmethod
     def of(
-        cls, adapter: LoraAdapter | None, layer: int, shape: ModelShape, *, b_is_zero: bool = False
+        cls,
+        adapter: LoraAdapter | None,
+        layer: int,
+        shape: ModelShape,
+        *,
+        b_is_zero: bool = False,
+        num_tokens: int | None = None,
+        num_queries: int | None = None,
     ) -> LayerLora:
         """One layer of `adapter`; None: no adapter."""
         if adapter is None:
@@ -77,6 +88,8 @@ class LayerLora:
             gate_up=parts(("gate_proj", "up_proj"), (shape.intermediate_size,) * 2),
             down=parts(("down_proj",), (shape.hidden_size,)),
             scaling=adapter.config.scaling,
+            num_tokens=num_tokens,
+            num_queries=num_queries,
         )
 
     @property
@@ -130,7 +143,15 @@ def decoder_layer(
 
     outputs_shape = (attn.shape[0], shape.hidden_size)
     skip = (unread(outputs_shape, attn),) if recorded else None
-    (o,) = replay_linear(attn, weights.o, weights.o_bias, lora.o, lora.scaling, recorded=skip)
+    (o,) = replay_linear(
+        attn,
+        weights.o,
+        weights.o_bias,
+        lora.o,
+        lora.scaling,
+        recorded=skip,
+        num_adapted=lora.num_queries,
+    )
     mid, normed = add_rms_norm(
         residual, o, weights.post_attention_norm, eps, recorded.mid if recorded else None
     )
@@ -141,9 +162,16 @@ def decoder_layer(
         lora.gate_up,
         lora.scaling,
         recorded=(recorded.gate_up,) if recorded else None,
+        num_adapted=lora.num_queries,
     )
     (down,) = replay_linear(
-        swiglu(gate_up), weights.down, weights.down_bias, lora.down, lora.scaling, recorded=skip
+        swiglu(gate_up),
+        weights.down,
+        weights.down_bias,
+        lora.down,
+        lora.scaling,
+        recorded=skip,
+        num_adapted=lora.num_queries,
     )
     kept_k = k if weights.k_norm is not None else None
     return mid, down, LayerValues(x_TH, q, kept_k, attn, mid, gate_up, keys, values)
@@ -175,7 +203,14 @@ def _qkv(
         outputs = (recorded.q, k, recorded.values.flatten(1))
     if queries is None:
         q, k, v = replay_linear(
-            normed, weights.qkv, weights.qkv_bias, lora.qkv, lora.scaling, shape.qkv_splits, outputs
+            normed,
+            weights.qkv,
+            weights.qkv_bias,
+            lora.qkv,
+            lora.scaling,
+            shape.qkv_splits,
+            outputs,
+            lora.num_tokens,
         )
         return q, k, v
     bias = weights.qkv_bias
@@ -186,6 +221,7 @@ def _qkv(
         tuple(p for p in lora.qkv if p.end <= q_width),
         lora.scaling,
         recorded=outputs[:1] if outputs else None,
+        num_adapted=lora.num_queries,
     )
     k, v = replay_linear(
         normed,
@@ -199,5 +235,6 @@ def _qkv(
         lora.scaling,
         kv_widths,
         outputs[1:] if outputs else None,
+        lora.num_tokens,
     )
     return q, k, v
