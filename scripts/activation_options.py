@@ -12,7 +12,7 @@ from alchemist.server.config import Config
 
 HAS_TIERS = any(f.name.startswith("activation_host") for f in dataclasses.fields(Config))
 """Whether the server has a device tier and a host tier, or one reservation, `--activation-memory`."""
-SMALLEST_GB = 1 / 64
+SMALLEST_GB = 1 / 16
 """What a budget of nothing is where the server knows one reservation only, which cannot be empty."""
 BARS = {"reclaim_p99_us_per_1000": 100.0}
 

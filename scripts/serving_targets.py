@@ -5,8 +5,11 @@ from __future__ import annotations
 import contextlib
 import secrets
 import signal
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from bench_serving import Target
 
@@ -29,3 +32,15 @@ def started(name: str, module: list[str], args: list[str], folder: Path) -> Iter
         if target.process.poll() is None:
             target.process.send_signal(signal.SIGTERM)
         target.wait_ended()
+
+
+def finish_training(target: Target) -> dict[str, Any]:
+    """Train what is pending; the status after it."""
+    target.http.post("/v1/training/flush").raise_for_status()
+    deadline = time.monotonic() + 300
+    while time.monotonic() < deadline:
+        status: dict[str, Any] = target.http.get("/v1/training").json()
+        if not status["pending"]:
+            return status
+        time.sleep(0.5)
+    sys.exit(f"{status['pending']} votes are pending 300 s after a flush: {status['last_error']}")
