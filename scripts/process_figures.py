@@ -33,6 +33,8 @@ class Sample(NamedTuple):
     """main, scheduler, detokenizer, trainer → what it holds"""
     shared_bytes: int
     """of memfds and files in /dev/shm that any of them maps, each once"""
+    shm_files: frozenset[str]
+    """paths of those in /dev/shm"""
 
 
 def sample(main_pid: int, trainer_pid: int | None, at_s: float) -> Sample:
@@ -46,7 +48,7 @@ def sample(main_pid: int, trainer_pid: int | None, at_s: float) -> Sample:
             fds = sum(1 for _ in Path(f"/proc/{pid}/fd").iterdir())
             maps.append(Path(f"/proc/{pid}/maps").read_text())
             held[role] = Held(fds, _field(status, "RssAnon") << 10, _field(status, "Threads"))
-    return Sample(at_s, held, shared_bytes(maps))
+    return Sample(at_s, held, shared_bytes(maps), shm_files(maps))
 
 
 def _roles(main_pid: int, trainer_pid: int | None) -> dict[int, str]:
@@ -77,6 +79,13 @@ def shared_bytes(maps: Iterable[str]) -> int:
     return sum(ends.values())
 
 
+def shm_files(maps: Iterable[str]) -> frozenset[str]:
+    """Paths in /dev/shm in texts of /proc/PID/maps that had not been removed then."""
+    lines = (line for text in maps for line in text.splitlines())
+    paths = {line.partition("/dev/shm/")[2] for line in lines if "/dev/shm/" in line}
+    return frozenset(f"/dev/shm/{path}" for path in paths if not path.endswith(" (deleted)"))
+
+
 def growth(samples: Sequence[Sample]) -> dict[str, dict[str, float]]:
     """Median of the last quarter of the time less median of the second: by role "fds", "own_bytes" and "threads", and
     under "shared" "bytes". The first quarter is when caches fill.
@@ -105,11 +114,6 @@ def growth(samples: Sequence[Sample]) -> dict[str, dict[str, float]]:
 
 def _median(values: Iterable[float]) -> float:
     return float(statistics.median(values))
-
-
-def names_in_shm() -> set[str]:
-    """Of /dev/shm: what is there later and was not is left behind."""
-    return {path.name for path in Path("/dev/shm").iterdir()}
 
 
 def still_alive(started: Mapping[int, float]) -> list[int]:

@@ -13,7 +13,7 @@ are taken whose tokens cannot depend on company (see `fixed_batch.py`), so the c
     logprob_difference  largest to plain SGLang's, nats: what is wrong without changing a token shows here
     errors, log_errors  requests that failed; lines of the server's log that are errors, or begin a traceback
     fds_*, own_*        growth of each process from the second quarter of the time to the last
-    shared_growth       the same of shared memory; left_behind: processes and names in /dev/shm after the end
+    shared_growth       the same of shared memory; left_behind: processes and files in /dev/shm after the end
 
 "Full pressure" is `kv_in_use`: used by running requests, looked at once a second during bursts.
 """
@@ -40,7 +40,7 @@ import psutil
 from activation_options import activation_rows, budget_flags
 from bench_common import Row, Run, quartiles
 from bench_serving import Target
-from process_figures import growth, names_in_shm, still_alive
+from process_figures import growth, still_alive
 from serving_targets import ALCHEMIST, PLAIN, started
 from sglang_figures import metric_sums
 from soak_clients import Seen, Soak
@@ -155,7 +155,6 @@ def main() -> None:
         with started("plain", PLAIN, both, folder) as plain:
             plain.wait_ready()
             prompts, right, own = settle(plain, options)
-        names = names_in_shm()
         ours = [*both, "--data-dir", str(folder / "data"), *options.server_args.split()]
         ours += budget_flags(options.activation_host_gb)
         with started("alchemist", ALCHEMIST, ours, folder) as target:
@@ -168,7 +167,8 @@ def main() -> None:
             processes = {p.pid: p.create_time() for p in (server, *server.children(recursive=True))}
         time.sleep(2)
         left = [f"process {pid}" for pid in still_alive(processes)]
-        left += [f"/dev/shm/{name}" for name in names_in_shm() - names]
+        files = frozenset[str]().union(*(seen.shm_files for seen in soak.seen.samples))
+        left += sorted(path for path in files if Path(path).exists())
         log_errors = errors_in(target.log.read_text(errors="replace"))
     run.config |= {
         "fixed": [len(prompt) for prompt in prompts],

@@ -19,9 +19,9 @@ from process_figures import (
     Held,
     Sample,
     growth,
-    names_in_shm,
     sample,
     shared_bytes,
+    shm_files,
     still_alive,
 )
 from soak import LOGGING, errors_in
@@ -79,17 +79,18 @@ def test_shared_memory_counts_once():
         "7f0000000000-7f0000002000 rw-s 00000000 00:01 77     /memfd:rows (deleted)\n"
         "7f0000004000-7f0000005000 rw-s 00003000 00:01 77     /memfd:rows (deleted)\n"
         "7f0000006000-7f0000007000 rw-s 00000000 00:19 78     /dev/shm/x\n"
+        "7f0000007000-7f0000008000 rw-s 00000000 00:19 80     /dev/shm/gone (deleted)\n"
         "7f0000008000-7f000000a000 r-xp 00000000 08:01 79     /usr/lib/libc.so\n"
     )
     # The first segment ends where its second mapping does: 0x3000 + 0x1000.
-    assert shared_bytes([maps, maps]) == 0x4000 + 0x1000
+    assert shared_bytes([maps, maps]) == 0x4000 + 0x2000
+    assert shm_files([maps, maps]) == {"/dev/shm/x"}
 
 
 def test_this_process_as_it_is():
     before = sample(os.getpid(), None, 0.0)
     segment = shared_memory.SharedMemory(create=True, size=1 << 20)
     try:
-        assert segment.name in names_in_shm()
         after = sample(os.getpid(), None, 1.0)
     finally:
         segment.close()
@@ -97,7 +98,8 @@ def test_this_process_as_it_is():
     assert after.shared_bytes - before.shared_bytes == 1 << 20
     assert after.held["main"].fds >= before.held["main"].fds + 1
     assert after.held["main"].own_bytes > 1 << 20
-    assert segment.name not in names_in_shm()
+    assert after.shm_files - before.shm_files == {f"/dev/shm/{segment.name.lstrip('/')}"}
+    assert not Path(f"/dev/shm/{segment.name.lstrip('/')}").exists()
 
 
 def test_growth_is_from_the_second_quarter_to_the_last():
@@ -108,6 +110,7 @@ def test_growth_is_from_the_second_quarter_to_the_last():
             {"main": Held(100 if at < 10 else 10 + at // 10, 1000, 4)}
             | ({"trainer": Held(1, 1, 1)} if at != 39 else {}),
             0 if at < 20 else 4096,
+            frozenset(),
         )
         for at in range(40)
     ]
