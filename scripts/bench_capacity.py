@@ -12,8 +12,8 @@ queue, running ones are retracted and the radix tree is evicted:
 Lengths are fixed, and the history in a prompt is the trace's own, not the server's answers. The first turns of all
 conversations are one request of SGLang's batch API, then the second turns, and so on: all of a wave is in the queue
 before its first batch, so what is scheduled when does not depend on time and must be the same to the token.
-With `--concurrency N` as many clients play whole conversations instead; then arrivals depend on time, and
-`capacity_plain_again_vs_plain` says by how much plain SGLang differs from itself.
+With `--concurrency N` as many clients play whole conversations instead. Then arrivals depend on time: rows are named
+`closed_…`, have no bar, and `closed_capacity_plain_again_vs_plain` says by how much plain SGLang differs from itself.
 
 `capacity_vs_plain` is the largest difference of any part, in percent of plain's. Tokens at once, requests at once,
 batches and admissions are those of SGLang's log, a line a batch; evictions and retractions are its Prometheus
@@ -179,40 +179,36 @@ def difference(ours: float, plain: float) -> float:
     return 100 * abs(ours - plain) / (abs(plain) or 1.0)
 
 
-def rows(played: Mapping[str, Played]) -> list[Row]:
+def rows(played: Mapping[str, Played], *, is_closed: bool = False) -> list[Row]:
     """Args:
     played: server → what it made of the trace; "plain" first.
+    is_closed: it was played in a closed loop.
     """
+
+    def row(name: str, value: float, unit: str, against: str | None = None, n: int = 1) -> Row:
+        prefix = "closed_" if is_closed else ""
+        return Row(prefix + name, value, unit, (value, value), n, against)
+
     plain = played["plain"]
     out = []
     for name, found in played.items():
-        for part, unit in PARTS.items():
-            value = found.parts[part]
-            out.append(Row(f"{part}_{name}", value, unit, (value, value), 1))
+        out += [row(f"{part}_{name}", found.parts[part], unit) for part, unit in PARTS.items()]
         if name == "plain":
             continue
+        is_ours = name == "recording"
         apart = {part: difference(found.parts[part], plain.parts[part]) for part in PARTS}
         worst = max(apart, key=lambda part: apart[part])
-        against = f"plain SGLang, same requests; most: {worst}"
-        is_ours = name == "recording"
-        row = Row(
-            "capacity_vs_plain" if is_ours else f"capacity_{name}_vs_plain",
-            apart[worst],
-            "%",
-            (0, 0),
-            1,
-        )
-        row.spread = (min(apart.values()), apart[worst])
-        row.against, row.less_is_better = against, True
-        row.bar = BAR if is_ours else None
-        out.append(row)
-        differ = float(sum(a != b for a, b in zip(found.tokens, plain.tokens, strict=True)))
-        out.append(
-            Row(f"answers_differ_{name}", differ, "answers", (differ, differ), len(plain.tokens))
-        )
+        what = "capacity_vs_plain" if is_ours else f"capacity_{name}_vs_plain"
+        worst_row = row(what, apart[worst], "%", f"plain SGLang, same requests; most: {worst}")
+        worst_row.less_is_better = True
+        worst_row.bar = BAR if is_ours and not is_closed else None
+        differ = sum(a != b for a, b in zip(found.tokens, plain.tokens, strict=True))
+        out += [
+            worst_row,
+            row(f"answers_differ_{name}", differ, "answers", n=len(plain.tokens)),
+        ]
         if is_ours:
-            share = found.recorded_share
-            out.append(Row("recorded_share", share, "x", (share, share), len(found.tokens)))
+            out.append(row("recorded_share", found.recorded_share, "x", n=len(found.tokens)))
             out += activation_rows(found.status)
     return out
 
@@ -271,7 +267,7 @@ def main() -> None:
             require_saturated(played["plain"])
             played["plain_again"] = play(plain, trace, options.concurrency)
             played["recording"] = play(recording, trace, options.concurrency)
-    for row in rows(played):
+    for row in rows(played, is_closed=options.concurrency > 0):
         run.add(row)
     run.finish()
 

@@ -12,7 +12,7 @@ shrink with them. Training is on and takes the votes as they come.
     reuse_share_<GiB>    of the prompt tokens of answers that were voted on, the share that are recorded by the receipt,
                          asked for just before the vote is sent
     trained_share_<GiB>  what the trainer then took from rows, of the tokens it trained: prompts count once if shared,
-                         answers count too
+                         answers count too; less if it comes to a vote late, or later than --max-staleness versions
 
 Only turns while the load is steady are counted: not before the longest delay has passed once, nor so late that their
 longest delay would end after the last arrival. Spreads are quartiles of 200 resamplings of the chats.
@@ -250,7 +250,9 @@ def parse() -> argparse.Namespace:
         "--policies", type=lambda text: text.split(","), default=None, metavar="NAME,…"
     )
     parser.add_argument("--activation-device-fraction", type=float, default=1.0)
-    parser.add_argument("--minutes", type=float, default=0, help="counted (default: 10; quick: 2)")
+    parser.add_argument(
+        "--minutes", type=float, default=0, help="counted (default: 10; quick: 1.5)"
+    )
     parser.add_argument("--chats-per-minute", type=float, default=6)
     parser.add_argument("--questions-per-chat", type=int, default=2)
     parser.add_argument("--answer-tokens", type=int, default=48)
@@ -261,7 +263,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--delay-median", type=float, default=60, metavar="S")
     parser.add_argument("--delay-sigma", type=float, default=1.5)
     parser.add_argument(
-        "--delay-longest", type=float, default=0, metavar="S", help="(default: 600; quick: 120)"
+        "--delay-longest", type=float, default=0, metavar="S", help="(default: 600; quick: 60)"
     )
     parser.add_argument("--speed", type=float, default=10, help="trace seconds a second")
     parser.add_argument("--seed", type=int, default=0)
@@ -271,8 +273,8 @@ def parse() -> argparse.Namespace:
     options = parser.parse_args()
     quick = options.quick
     options.budgets = options.budgets or ([0, 0.25] if quick else [0, 0.125, 0.25, 0.5, 1, 2])
-    options.minutes = options.minutes or (2 if quick else 10)
-    options.delay_longest = options.delay_longest or (120 if quick else 600)
+    options.minutes = options.minutes or (1.5 if quick else 10)
+    options.delay_longest = options.delay_longest or (60 if quick else 600)
     return options
 
 

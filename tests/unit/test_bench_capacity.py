@@ -128,6 +128,14 @@ def test_capacity_is_the_worst_part():
     assert found["answers_differ_recording"].value == 0
 
 
+def test_in_a_closed_loop_there_is_no_bar():
+    found = rows({"plain": played(), "recording": played(prefills=90.0)}, is_closed=True)
+    by_name = {row.name: row for row in found}
+    assert all(name.startswith("closed_") for name in by_name)
+    assert by_name["closed_capacity_vs_plain"].value == pytest.approx(10)
+    assert by_name["closed_capacity_vs_plain"].bar is None
+
+
 def test_an_unsaturated_run_is_refused():
     full = played(peak_tokens=95.0, max_total_tokens=100.0)
     require_saturated(full)
