@@ -3,7 +3,8 @@
     python scripts/bench_activation_memory.py [--quick] [--only NAME,…] [--json FILE|-]
 
 For each host budget a server of its own with the same KV pool answers many prompts that share nothing, each is voted
-on, and all votes are one step. The prompts are more than the pool holds, so the device tier alone cannot keep all rows.
+on, and all votes are one step. A row takes several KV slots, so what the prompts' own keys and values leave of the pool
+cannot hold the rows of all of them.
 
     recorded_tokens_<GiB>             prompt tokens that the receipts say are recorded, before the first vote
     reused_tokens_<GiB>               tokens that the trainer took from rows: these were trainable
@@ -26,7 +27,7 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from activation_options import activation_rows, budget_flags
+from activation_options import activation_rows, budget_flags, full_status
 from bench_common import Row, Run, progress
 from bench_serving import Target
 from serving_targets import ALCHEMIST, finish_training, started
@@ -99,8 +100,7 @@ def wait_for_copies(target: Target) -> None:
     """Until the host tier has no backlog."""
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
-        rows = activation_rows(target.http.get("/v1/training").json())
-        if not any(row.value for row in rows if "backlog" in row.name):
+        if not full_status(target.http)["activations"]["hedge_backlog"]:
             return
         time.sleep(0.2)
     sys.exit("the host tier still has a backlog after 120 s")
@@ -120,7 +120,8 @@ def measure(target: Target, prompts: list[list[int]]) -> Measured:
     trainer = target.http.get("/v1/training").json()["trainer"]["pid"]
     with Peak(trainer) as peak:
         target.http.post("/v1/training/resume").raise_for_status()
-        status = finish_training(target)
+        finish_training(target)
+    status = full_status(target.http)
     if status["step"] != 1:
         sys.exit(f"the votes became {status['step']} steps, not one: {status['last_error']}")
     prompt = sum(len(ids) for ids in prompts)
@@ -146,7 +147,10 @@ def rows(measured: dict[float, Measured]) -> list[Row]:
         ]
     most = max(measured)
     if not measured[0].reused:
-        sys.exit("gate: without a host tier the trainer took nothing from rows; no ratio to that")
+        sys.exit(
+            "gate: without a host tier the trainer took nothing from rows: there is no ratio to that "
+            "(a larger --max-total-tokens, fewer --prompts)"
+        )
     ratio = row("trainable_tokens_vs_device_only", measured[most].reused / measured[0].reused, "x")
     ratio.against, ratio.bar = f"no host tier; with {most:g} GiB", BAR
     return [*out, ratio, *activation_rows(measured[most].status)]
@@ -158,7 +162,7 @@ def main() -> None:
     )
     parser.add_argument("--model", default=str(TINY_MODEL), help="directory (default: embedded)")
     parser.add_argument(
-        "--max-total-tokens", type=int, default=8192, help="size of the KV pool (default: 8192)"
+        "--max-total-tokens", type=int, default=32768, help="size of the KV pool (default: 32768)"
     )
     parser.add_argument("--prompts", type=int, default=0, help="(default: 96; quick: 32)")
     parser.add_argument("--prompt-len", type=int, default=256, help="tokens (default: 256)")

@@ -35,7 +35,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import httpx
-from activation_options import activation_rows, budget_flags
+from activation_options import activation_rows, budget_flags, full_status
 from bench_common import Row, Run, progress
 from bench_serving import Target
 from serving_targets import ALCHEMIST, PLAIN, started
@@ -162,7 +162,7 @@ def play(target: Target, trace: list[list[Ask]], concurrency: int) -> Played:
     }
     status, recorded = {}, 0
     if not target.name.startswith("plain"):
-        status = target.http.get("/v1/training").json()
+        status = full_status(target.http)
         for meta in metas:
             receipt = target.http.get(f"/v1/completions/{meta['id']}/receipt")
             recorded += receipt.raise_for_status().json()["recorded_tokens"]
@@ -267,6 +267,8 @@ def main() -> None:
             require_saturated(played["plain"])
             played["plain_again"] = play(plain, trace, options.concurrency)
             played["recording"] = play(recording, trace, options.concurrency)
+    if not played["recording"].recorded_share:
+        sys.exit("gate: nothing was recorded, so equal figures would say nothing")
     for row in rows(played, is_closed=options.concurrency > 0):
         run.add(row)
     run.finish()

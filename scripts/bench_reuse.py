@@ -9,8 +9,8 @@ longest delay. The trace is the same for every server. Its seconds pass `--speed
 delays alike, so as many tokens lie between an answer and its vote as at normal speed; the server's own work does not
 shrink with them. Training is on and takes the votes as they come.
 
-    reuse_share_<GiB>    of the prompt tokens of answers that were voted on, the share that are recorded by the receipt,
-                         asked for just before the vote is sent
+    reuse_share_<GiB>    of the prompt tokens of answers that were voted on, the share that still had a row when the
+                         vote came: by how much it raises the server's own count of them, so votes go one by one
     trained_share_<GiB>  what the trainer then took from rows, of the tokens it trained: prompts count once if shared,
                          answers count too; less if it comes to a vote late, or later than --max-staleness versions
 
@@ -27,15 +27,16 @@ import asyncio
 import os
 import random
 import signal
+import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import httpx
-from activation_options import budget_flags
+from activation_options import budget_flags, full_status
 from bench_common import Row, Run, progress, quartiles
 from bench_serving import Target
 from chat_trace import Chat, LogNormal, Turn, build, read_questions
@@ -63,7 +64,11 @@ class Player:
     def __init__(self, target: Target, speed: float, answer_tokens: int) -> None:
         self._http = httpx.AsyncClient(base_url=target.url, timeout=600)
         self._speed, self._answer_tokens = speed, answer_tokens
+        self._voting = asyncio.Lock()
+        self._num_held = 0
         self.voted: list[Voted] = []
+        self.lateness: list[float] = []
+        """seconds of the clock by which a vote waited for those before it"""
         self.latencies: list[float] = []
         """seconds of the clock, an answer each"""
 
@@ -95,15 +100,29 @@ class Player:
             text = found["choices"][0]["message"]["content"] or ""
             messages.append({"role": "assistant", "content": text})
             if turn.rating is not None:
-                group.create_task(self._vote(chat.user, turn, found["id"]))
+                group.create_task(self._vote(chat.user, turn, found))
 
-    async def _vote(self, user: str, turn: Turn, completion_id: str) -> None:
+    async def _vote(self, user: str, turn: Turn, found: dict[str, Any]) -> None:
+        """Args:
+        found: the answer, as the chat API gave it.
+        """
         await asyncio.sleep(turn.delay_s / self._speed)
-        receipt = await self._http.get(f"/v1/completions/{completion_id}/receipt")
-        left = receipt.raise_for_status().json()
-        self.voted.append(Voted(user, turn, left["prompt_tokens"], left["recorded_tokens"]))
-        vote = {"completion_id": completion_id, "rating": turn.rating, "user": user}
-        (await self._http.post("/v1/feedback", json=vote)).raise_for_status()
+        due = time.monotonic()
+        vote = {"completion_id": found["id"], "rating": turn.rating, "user": user}
+        async with self._voting:
+            self.lateness.append(time.monotonic() - due)
+            (await self._http.post("/v1/feedback", json=vote)).raise_for_status()
+            before, self._num_held = self._num_held, await self._held()
+            recorded = self._num_held - before
+        self.voted.append(Voted(user, turn, found["usage"]["prompt_tokens"], recorded))
+
+    async def _held(self) -> int:
+        """Prompt tokens, of all answers voted on so far, that had a row then."""
+        while True:
+            status = (await self._http.get("/v1/training")).raise_for_status().json()
+            # Empty while the scheduler is in a long batch.
+            if status["activations"]:
+                return int(status["activations"]["tokens_voted_held"])
 
 
 def steady(voted: Iterable[Voted], load_s: float, longest_s: float) -> list[Voted]:
@@ -213,7 +232,8 @@ def measure(
         target.wait_ready()
         player = Player(target, options.speed, options.answer_tokens)
         asyncio.run(player.play(trace))
-        status = finish_training(target)
+        finish_training(target)
+        status = full_status(target.http)
     voted = steady(player.voted, trace[-1].start_s, options.delay_longest)
     if not voted:
         sys.exit(
@@ -229,8 +249,9 @@ def measure(
         "steps": status["step"],
         "trained": status["trained"],
         "failed": status["failed"],
-        "activations": status.get("activations"),
-        "answer_latency_s": sorted(player.latencies)[len(player.latencies) // 2],
+        "activations": status["activations"],
+        "answer_latency_s": statistics.median(player.latencies),
+        "vote_lateness_s": statistics.median(player.lateness),
         "prompt_tokens_per_answer": sum(v.prompt_tokens for v in voted) / len(voted),
         "by_delay": by_delay(voted),
     }
@@ -253,7 +274,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--minutes", type=float, default=0, help="counted (default: 10; quick: 1.5)"
     )
-    parser.add_argument("--chats-per-minute", type=float, default=6)
+    parser.add_argument("--chats-per-minute", type=float, default=4)
     parser.add_argument("--questions-per-chat", type=int, default=2)
     parser.add_argument("--answer-tokens", type=int, default=48)
     parser.add_argument("--vote-share", type=float, default=1.0, help="of answers (default: 1)")

@@ -34,13 +34,13 @@ def started(name: str, module: list[str], args: list[str], folder: Path) -> Iter
         target.wait_ended()
 
 
-def finish_training(target: Target) -> dict[str, Any]:
-    """Train what is pending; the status after it."""
+def finish_training(target: Target) -> None:
+    """Train what is pending."""
     target.http.post("/v1/training/flush").raise_for_status()
     deadline = time.monotonic() + 300
     while time.monotonic() < deadline:
         status: dict[str, Any] = target.http.get("/v1/training").json()
         if not status["pending"]:
-            return status
+            return
         time.sleep(0.5)
     sys.exit(f"{status['pending']} votes are pending 300 s after a flush: {status['last_error']}")

@@ -37,7 +37,7 @@ from typing import Any
 
 import fixed_batch
 import psutil
-from activation_options import activation_rows, budget_flags
+from activation_options import activation_rows, budget_flags, full_status
 from bench_common import Row, Run, quartiles
 from bench_serving import Target
 from process_figures import growth, still_alive
@@ -162,7 +162,7 @@ def main() -> None:
             server = psutil.Process(target.process.pid)
             soak = Soak(target, options, prompts, right)
             asyncio.run(soak.run())
-            status = target.http.get("/v1/training").json()
+            status = full_status(target.http)
             counted = metric_sums(target.http.get("/metrics").text)
             processes = {p.pid: p.create_time() for p in (server, *server.children(recursive=True))}
         time.sleep(2)
