@@ -1,0 +1,46 @@
+"""Servers that a benchmark starts, each for as long as a `with` block."""
+
+from __future__ import annotations
+
+import contextlib
+import secrets
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from bench_serving import Target
+
+PLAIN = ["scripts/plain_sglang.py"]
+ALCHEMIST = ["-m", "alchemist.server"]
+
+
+@contextlib.contextmanager
+def started(name: str, module: list[str], args: list[str], folder: Path) -> Iterator[Target]:
+    """A server that is starting, and ended with the block. Its client has the administrator's key, so that it may flush
+    the cache; the rest of the API needs none.
+    """
+    key = secrets.token_hex(16)
+    target = Target(name, module, [*args, "--admin-api-key", key], folder)
+    target.http.headers["Authorization"] = f"Bearer {key}"
+    try:
+        yield target
+    finally:
+        target.http.close()
+        if target.process.poll() is None:
+            target.process.send_signal(signal.SIGTERM)
+        target.wait_ended()
+
+
+def finish_training(target: Target) -> None:
+    """Train what is pending."""
+    target.http.post("/v1/training/flush").raise_for_status()
+    deadline = time.monotonic() + 300
+    while time.monotonic() < deadline:
+        status: dict[str, Any] = target.http.get("/v1/training").json()
+        if not status["pending"]:
+            return
+        time.sleep(0.5)
+    sys.exit(f"{status['pending']} votes are pending 300 s after a flush: {status['last_error']}")
