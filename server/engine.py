@@ -28,7 +28,7 @@ from alchemist.server.config import auto_host_bytes
 from alchemist.server.lender import Lender
 from alchemist.server.pool import ActivationPool, CheckedOut, Ids
 from alchemist.server.recorder import Recorder
-from alchemist.server.run import Run
+from alchemist.server.run import OPT_OUT, Run
 
 logger = logging.getLogger(__name__)
 
@@ -36,8 +36,6 @@ _HEALTH_CHECK = "HEALTH_CHECK"
 
 PORTION_BYTES = 1 << 20
 """Copied to the host at a time: a fraction of a millisecond, which is how long a new request may wait for it."""
-OPT_OUT = "alchemist_no_record"
-"""Key in a request's `custom_params`, which SGLang hands on to the scheduler."""
 APPRAISE_S = 1.0
 """How often the rows' values are brought up to date, at most."""
 

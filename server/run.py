@@ -14,6 +14,8 @@ from alchemist.protocol.shm import SegmentHandle
 from alchemist.server.config import Config
 
 ENV = "ALCHEMIST_RUN"
+OPT_OUT = "alchemist_no_record"
+"""Key in a request's `custom_params`, which SGLang hands on from the HTTP process to the scheduler."""
 
 
 class Run(msgspec.Struct, kw_only=True, frozen=True):

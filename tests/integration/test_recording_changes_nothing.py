@@ -44,6 +44,25 @@ def test_bit_equal(server, silent):
     assert answers(silent) == with_recording
 
 
+def test_a_request_can_ask_not_to_be_recorded(server):
+    def recorded(text, **headers):
+        body = {
+            "model": "base",
+            "messages": [{"role": "user", "content": text}],
+            "max_tokens": 4,
+            "cache_salt": text,
+        }
+        answer = server.http.post("/v1/chat/completions", json=body, headers=headers)
+        assert answer.status_code == 200
+        receipt = server.receipt(answer.json()["id"])
+        return receipt["recorded_tokens"], receipt["prompt_tokens"]
+
+    kept, length = recorded("What is 4 + 5, please?")
+    assert kept == length
+    kept, length = recorded("What is 5 + 5, please?", **{"X-Alchemist-Record": "false"})
+    assert (kept, length > 0) == (0, True)
+
+
 def test_without_training_votes_are_kept(silent):
     vote = silent.vote(silent.chat("Hello!")["id"], "up")
     assert vote["state"] == "pending"
