@@ -114,6 +114,8 @@ class ActivationPool:
         self._without_slots = _Stack(np.arange(num_device_rows))
         self._spare = _Stack(np.arange(0))
         """Device rows with borrowed slots and without a record."""
+        self._line = self._line_gens = np.arange(0)
+        """Device rows to be given up, the first one first, and their generations when they were lined up."""
         self._to_hedge: deque[tuple[Ids, Ids]] = deque()
         self._completions: dict[str, Completion] = {}
         self._num_wanted = 0
@@ -278,6 +280,9 @@ class ActivationPool:
 
     def _evict(self, count: int, only_copied: bool, only_unread: bool = False) -> None:
         """End the device places of up to `count` rows, the least valuable first, those being read last."""
+        count -= self._evict_lined_up(count)
+        if count <= 0:
+            return
         records = self._record_of_device[self._record_of_device >= 0]
         if only_copied:
             records = records[self._host[records] >= 0]
@@ -290,6 +295,27 @@ class ActivationPool:
             records = records[np.argpartition(key, count - 1)[:count]]
         self.num_dropped += int((self._host[records] < 0).sum())
         self._change(records, RowEvent.RECLAIM)
+
+    def _evict_lined_up(self, count: int) -> int:
+        """End the device places of the next rows of the line, `count` if it has so many; of how many."""
+        done = 0
+        while done < count and self._line.size:
+            rows, gens = self._line[: count - done], self._line_gens[: count - done]
+            self._line, self._line_gens = self._line[rows.size :], self._line_gens[rows.size :]
+            records = self._record_of_device[rows[self.gens[rows] == gens]]
+            fit = (self._host[records] >= 0) & (self._refs[records] == 0)
+            self._change(records[fit], RowEvent.RECLAIM)
+            done += int(fit.sum())
+        return done
+
+    def _line_up(self) -> None:
+        """Put the rows that have a copy in the order in which they shall go, so that nothing has to be searched for
+        when serving wants its slots back.
+        """
+        records = self._record_of_device[self._record_of_device >= 0]
+        records = records[self._host[records] >= 0]
+        self._line = self._device[records[np.argsort(self._value[records])]]
+        self._line_gens = self.gens[self._line]
 
     # Hedging
 
@@ -319,6 +345,8 @@ class ActivationPool:
             self._host[records], self._record_of_host[to] = to, records
             self._change(records, RowEvent.HEDGE)
             self.num_hedged += records.size
+            if not self._to_hedge:
+                self._line_up()
             return int(records.size)
         return 0
 
@@ -386,6 +414,7 @@ class ActivationPool:
                 self._completions.values(), self._gen, self.delays, now, self.state.size
             )
             np.multiply(self._cost, chances, out=self._value)
+            self._line_up()
 
     # Reading
 
