@@ -214,8 +214,11 @@ class Voted(_Message, kw_only=True, frozen=True):
 class AskRows(_Message, kw_only=True, frozen=True):
     """How is the activation pool?"""
 
+    ticket: int
+
 
 class RowStats(_Message, kw_only=True, frozen=True):
+    ticket: int
     stats: bytes
     """JSON, see `ActivationPool.stats`."""
 

@@ -141,7 +141,7 @@ def main() -> None:
             votes = Votes(target.url, 1500)
             votes.answer(votes.ids(64), 8)
             votes.train()
-            for shared, prompt in ((0, 512), (512, 640)):
+            for shared, prompt in ((0, 512), (512, 768)):
                 measure(run, target, 2 if options.quick else 5, shared, prompt)
         finally:
             target.process.send_signal(signal.SIGTERM)

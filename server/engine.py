@@ -366,7 +366,7 @@ class Engine:
                 self._desk.send_multipart([peer, messages.encode(self._check_out(peer, message))])
             elif isinstance(message, messages.AskRows):
                 stats = self.pool.stats() if self.pool is not None else {}
-                answer = messages.RowStats(stats=msgspec.json.encode(stats))
+                answer = messages.RowStats(ticket=message.ticket, stats=msgspec.json.encode(stats))
                 self._desk.send_multipart([peer, messages.encode(answer)])
             elif self.pool is None:
                 continue

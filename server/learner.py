@@ -39,6 +39,7 @@ logger = logging.getLogger(__name__)
 
 _POLL_S = 0.2
 _HELLO_TIMEOUT_S = 60.0
+_ROWS_EVERY_S = 5.0
 _MAX_CRASHES = 3
 """Times a batch may end the trainer by its own fault before its votes are given up."""
 
@@ -126,6 +127,8 @@ class Learner:
         if not self.config.no_train:
             self.trainer.start()
             self._spawn(self._train_forever())
+            if self._metrics is not None:
+                self._spawn(self._watch_rows(self._metrics))
 
     async def stop(self) -> None:
         """End the trainer and keep everything; the ledger stays open for the caller to close."""
@@ -234,6 +237,12 @@ class Learner:
     def _trainer_ended(self) -> None:
         if self._metrics is not None:
             self._metrics.on_trainer_restart()
+
+    async def _watch_rows(self, metrics: LearningMetrics) -> None:
+        while True:
+            if stats := await self._rows.stats():
+                metrics.on_rows(stats)
+            await asyncio.sleep(_ROWS_EVERY_S)
 
     # Training
 

@@ -29,6 +29,17 @@ _GAUGES = {
     "rewards/chosen": "Mean reward of up-votes in the last step",
     "rewards/rejected": "Mean reward of down-votes in the last step",
 }
+_POOL = {
+    "slots_borrowed": "KV slots that hold recorded rows now",
+    "slots_reclaimed": "KV slots that serving has taken back",
+    "reclaim_p99_us_per_1000": "Microseconds to give a thousand slots back, 99th percentile",
+    "hedge_backlog": "Rows that wait for their copy on the host",
+    "hedged": "Rows copied to the host",
+    "lost": "Tokens that were to be recorded and found no room",
+    "dropped": "Rows that ended before they had a copy, because serving wanted their slots",
+    "tokens_voted": "Prompt tokens of answers that were voted on",
+    "tokens_voted_held": "Of these, tokens that still had a row when the vote came",
+}
 
 
 class LearningMetrics:
@@ -47,6 +58,13 @@ class LearningMetrics:
         self._seconds = Counter(
             "alchemist_step_seconds", "Seconds spent in steps, by phase", ["phase"]
         )
+        self._rows = Gauge(
+            "alchemist_rows",
+            "Recorded rows by state",
+            ["state"],
+            multiprocess_mode="mostrecent",
+        )
+        self._pool = {name: gauge(name, text) for name, text in _POOL.items()}
         self._restarts = Counter(
             "alchemist_trainer_restarts", "Times the trainer was started again"
         )
@@ -61,6 +79,14 @@ class LearningMetrics:
             self._tokens.labels(origin).inc(metrics[f"tokens_{origin}"])
         for phase in _PHASES:
             self._seconds.labels(phase).inc(max(0.0, metrics.get(f"{phase}_s", 0.0)))
+
+    def on_rows(self, stats: Mapping[str, Any]) -> None:
+        """How the activation pool is: `ActivationPool.stats`."""
+        for state, count in stats["rows"].items():
+            self._rows.labels(state).set(count)
+        for name, instrument in self._pool.items():
+            if stats[name] is not None:
+                instrument.set(stats[name])
 
     def on_live(self, version: int) -> None:
         self._live.set(version)

@@ -34,12 +34,10 @@ from alchemist.protocol.layout import RowLayout
 from alchemist.protocol.rows import ROW, RowEvent, RowState
 from alchemist.protocol.shm import TensorHandle
 from alchemist.protocol.tensors import Arena
-from alchemist.server.appraisal import Completion, FeedbackDelays, worth
+from alchemist.server.answers import Answers
+from alchemist.server.ids import Ids, IdStack
 from alchemist.server.lender import Lender
 from alchemist.server.tiers import DeviceTier, HostTier
-
-Ids = np.ndarray
-"""int64 [n]: records, rows, slots or generations."""
 
 _ON_DEVICE = np.array([s in (RowState.DEVICE, RowState.HEDGED) for s in RowState])
 _ON_HOST = np.array([s in (RowState.HEDGED, RowState.HOSTED, RowState.DETACHED) for s in RowState])
@@ -98,29 +96,24 @@ class ActivationPool:
         }
         self._tables = Arena("row-tables", specs, populate=True)
         self.gens = self._tables.tensors["gens"].numpy()
-        self.device = DeviceTier(layout, k, v, self._tables.tensors["cells"])
+        self.device = DeviceTier(layout, k, v, self._tables.tensors["cells"], lender)
         self.host = HostTier(layout, num_host_rows)
         # By record.
         self.state = np.zeros(num_records, np.int8)
-        self._gen, self._refs, self._wants = np.zeros((3, num_records), np.int64)
+        self._gen, self._refs = np.zeros((2, num_records), np.int64)
         self._slot, self._device, self._host = np.full((3, num_records), -1)
         self._value, self._cost = np.zeros((2, num_records))
         # By what finds a record.
         self.record_of_slot = np.full(num_slots, -1)
         self._record_of_device = np.full(num_device_rows, -1)
         self._record_of_host = np.full(num_host_rows, -1)
-        self._free_records = _Stack(np.arange(num_records))
-        self._free_host = _Stack(np.arange(num_host_rows))
-        self._without_slots = _Stack(np.arange(num_device_rows))
-        self._spare = _Stack(np.arange(0))
-        """Device rows with borrowed slots and without a record."""
+        self._free_records = IdStack(np.arange(num_records))
+        self._free_host = IdStack(np.arange(num_host_rows))
         self._line = self._line_gens = np.arange(0)
         """Device rows to be given up, the first one first, and their generations when they were lined up."""
         self._to_hedge: deque[tuple[Ids, Ids]] = deque()
-        self._completions: dict[str, Completion] = {}
-        self._num_wanted = 0
-        self.delays = FeedbackDelays()
-        self._prior = self.delays.prior
+        self.answers = Answers(self._gen)
+        self._prior = self.answers.delays.prior
         self._half_flops = layout.half_flops_position
         self._tick = 0
         self.num_lost = 0
@@ -128,9 +121,6 @@ class ActivationPool:
         self.num_dropped = 0
         """Rows that ended without a copy because their slots were wanted."""
         self.num_hedged = 0
-        self.num_asked = 0
-        """Prompt tokens of completions that were voted on, and how many of them had a row when the vote came."""
-        self.num_found = 0
 
     @property
     def handles(self) -> tuple[list[TensorHandle], TensorHandle, TensorHandle]:
@@ -163,7 +153,7 @@ class ActivationPool:
         self.num_lost += slots.numel() - total
         own, records = slots[:total].numpy(), self._free_records.pop(total)
         rows: Ids = np.concatenate(
-            (self._take_spare(count), np.sort(self._free_host.pop(total - count)))
+            (self.device.take(count), np.sort(self._free_host.pop(total - count)))
         )
         self.record_of_slot[own], self._slot[records] = records, own
         self._cost[records], self._value[records] = cost[:total], value[:total]
@@ -209,7 +199,7 @@ class ActivationPool:
             return
         self.record_of_slot[self._slot[records]] = -1
         self._slot[records] = -1
-        wanted = self._wants[records] > 0
+        wanted = self.answers.wants[records] > 0
         self._change(records[~wanted], RowEvent.SLOT_FREED)
         self._change(records[wanted], RowEvent.SLOT_LOST)
 
@@ -218,65 +208,35 @@ class ActivationPool:
         held = self._slot[self._slot >= 0]
         if held.size:
             self.free_slots(torch.from_numpy(held))
-        self._without_slots.push(self._spare.pop(len(self._spare)))
+        self.device.give_back(self.num_device_rows)
 
     # Lending
 
     def give_back(self, need: int, welcome: int) -> Ids:
         """`need` borrowed slots, or all, and up to `welcome` if no row is lost by it: whole rows'."""
-        size, spare = self.layout.slots_per_row, self._spare
+        size, spare = self.layout.slots_per_row, self.device.spare
         more = -(-max(need, welcome) // size)
         if more > len(spare):
             self._evict(more - len(spare), only_copied=True)
         count = -(-need // size)
         if count > len(spare):
             self._evict(count - len(spare), only_copied=False)
-        rows = spare.pop(min(more, len(spare)))
-        self._without_slots.push(rows)
-        slots: Ids = self.device.cells[rows].reshape(-1)
-        return slots
+        return self.device.give_back(more)
 
     def _provide(self, count: int) -> int:
         """Have spare rows for `count` tokens; for how many there are."""
-        size = self.layout.slots_per_row
-        missing = min(count - len(self._spare), len(self._without_slots))
-        if missing > 0:
-            slots = self._lender.borrow(missing * size)
-            found = slots.size // size
-            if slots.size > found * size:
-                self._lender.give(slots[found * size :])
-            rows = self._without_slots.pop(found)
-            self.device.cells[rows] = slots[: found * size].reshape(found, size)
-            self._spare.push(rows)
-        if count > len(self._spare):
+        self.device.borrow(count)
+        if count > len(self.device.spare):
             # A few more than asked for, so that the search is not repeated for every request.
-            missing = count - len(self._spare)
-            only_copied = self.num_host_rows > 0
-            self._evict(max(missing, self.num_device_rows // 16), only_copied, only_unread=True)
-        return min(count, len(self._spare))
+            missing = max(count - len(self.device.spare), self.num_device_rows // 16)
+            self._evict(missing, only_copied=self.num_host_rows > 0, only_unread=True)
+        return min(count, len(self.device.spare))
 
     def _provide_host(self, count: int, value: float) -> int:
         """Have free host rows for `count` tokens worth `value`; for how many there are."""
         if count > len(self._free_host):
             self._make_room(count - len(self._free_host), value)
         return min(count, len(self._free_host))
-
-    def _take_spare(self, count: int) -> Ids:
-        """Spare rows, with neighbouring slots if so many are: one plain copy fills those."""
-        spare, size = self._spare, self.layout.slots_per_row
-        if count > 1:
-            rows = spare.all()
-            first = self.device.cells[rows, 0]
-            if not (np.diff(first[-count:]) == size).all():
-                order = np.argsort(first)
-                first = first[order]
-                spans = first[count - 1 :] - first[: first.size - count + 1]
-                (runs,) = np.nonzero(spans == (count - 1) * size)
-                start = int(runs[0]) if runs.size else first.size - count
-                stop = start + count
-                spare.reset(np.concatenate((rows[order[:start]], rows[order[stop:]])))
-                spare.push(rows[order[start:stop]])
-        return spare.pop(count)
 
     def _evict(self, count: int, only_copied: bool, only_unread: bool = False) -> None:
         """End the device places of up to `count` rows, the least valuable first, those being read last."""
@@ -359,7 +319,7 @@ class ActivationPool:
             records = records[np.argpartition(self._value[records], count - 1)[:count]]
         self._change(records, RowEvent.UNHEDGE)
 
-    # Completions
+    # Answers
 
     def finish(self, rid: str, slots: torch.Tensor, length: int, now: float) -> None:
         """A request has ended. It may be voted on from now on.
@@ -367,53 +327,34 @@ class ActivationPool:
         Args:
             slots: of its prompt's prefix that is in the KV cache.
             length: of the prompt.
+            now: monotonic seconds, here and below.
         """
         records = np.full(length, -1)
         records[: slots.numel()] = self.record_of_slot[slots.numpy()]
-        held = records[records >= 0]
-        self.forget(rid, now)
-        self._wants[held] += 1
-        self._completions[rid] = Completion(records, self._gen[records], now)
-        self._num_wanted += records.size
-        # What is remembered of completions that nobody votes on is bounded by what rows there are.
-        while self._num_wanted > 4 * self.state.size and len(self._completions) > 1:
-            self.forget(next(iter(self._completions)), now)
+        self._unwanted(self.answers.add(rid, records, now))
 
     def voted(self, rid: str, now: float) -> None:
         """A vote on the completion has come: its rows will be read soon."""
-        completion = self._completions.get(rid)
-        if completion is not None and completion.voted is None:
-            completion.voted = now
-            self.delays.came(now - completion.finished)
-            self.num_asked += completion.records.size
-            self.num_found += completion.alive(self._gen).size
+        self.answers.voted(rid, now)
 
     def consumed(self, rid: str) -> None:
         """The completion's vote was trained."""
-        completion = self._completions.get(rid)
-        if completion is not None:
-            completion.is_consumed = True
+        self.answers.consumed(rid)
 
     def forget(self, rid: str, now: float) -> None:
         """Do not keep rows for the completion any longer."""
-        completion = self._completions.pop(rid, None)
-        if completion is None:
-            return
-        if completion.voted is None:
-            self.delays.left(now - completion.finished)
-        self._num_wanted -= completion.records.size
-        records = completion.alive(self._gen)
-        self._wants[records] -= 1
-        self._change(records[self._wants[records] == 0], RowEvent.UNWANTED)
+        self._unwanted(self.answers.drop(rid, now))
+
+    def _unwanted(self, records: Ids) -> None:
+        # Some may have been wanted again since, or have ended.
+        still = (self.answers.wants[records] == 0) & (self.state[records] != RowState.FREE)
+        self._change(np.unique(records[still]), RowEvent.UNWANTED)
 
     def appraise(self, now: float) -> None:
         """Bring the rows' values up to date; what `lru` needs is kept as rows are used."""
-        self._prior = self.delays.prior
+        self._prior = self.answers.delays.prior
         if self._eviction == "value":
-            chances = worth(
-                self._completions.values(), self._gen, self.delays, now, self.state.size
-            )
-            np.multiply(self._cost, chances, out=self._value)
+            np.multiply(self._cost, self.answers.chances(now), out=self._value)
             self._line_up()
 
     # Reading
@@ -458,7 +399,7 @@ class ActivationPool:
         records = np.full(length, -1)
         found = self.record_of_slot[slots.numpy()[:length]]
         records[: found.size] = found
-        completion = self._completions.get(rid)
+        completion = self.answers.get(rid)
         if completion is not None and completion.records.size == length:
             own = np.where(completion.is_alive(self._gen), completion.records, -1)
             records = np.where(records >= 0, records, own)
@@ -480,7 +421,7 @@ class ActivationPool:
             # First of all: a reader that sees new content also sees the new generation.
             self.gens[rows] += 1
             self._record_of_device[rows] = self._device[lost] = -1
-            self._spare.push(rows)
+            self.device.spare.push(rows)
         lost = records[_ON_HOST[was] & ~_ON_HOST[now]]
         if lost.size:
             rows = self._host[lost]
@@ -493,7 +434,7 @@ class ActivationPool:
             self.record_of_slot[slots[slots >= 0]] = -1
             self._slot[ended] = -1
             self._gen[ended] += 1
-            self._refs[ended] = self._wants[ended] = 0
+            self._refs[ended] = self.answers.wants[ended] = 0
             self._free_records.push(ended)
 
     # Figures
@@ -514,9 +455,9 @@ class ActivationPool:
             "hedged": self.num_hedged,
             "lost": self.num_lost,
             "dropped": self.num_dropped,
-            "completions": len(self._completions),
-            "tokens_voted": self.num_asked,
-            "tokens_voted_held": self.num_found,
+            "completions": len(self.answers),
+            "tokens_voted": self.answers.num_voted_tokens,
+            "tokens_voted_held": self.answers.num_voted_held,
         }
 
     def check_integrity(self) -> None:
@@ -535,8 +476,7 @@ class ActivationPool:
             assert len(set(held)) == held.size, "a place twice"
         (held,) = np.nonzero(self._record_of_device >= 0)
         assert (self._device[self._record_of_device[held]] == held).all(), "device row ↔ record"
-        unused = [*self._spare.all(), *self._without_slots.all()]
-        assert sorted([*held, *unused]) == list(range(self.num_device_rows)), "device rows"
+        self.device.check_integrity(held)
         (rows,) = np.nonzero(self._record_of_host >= 0)
         assert (self._host[self._record_of_host[rows]] == rows).all(), "host row ↔ record"
         host = self._host[_ON_HOST[self.state]]
@@ -546,40 +486,6 @@ class ActivationPool:
         assert int((self._slot >= 0).sum()) == slots.size, "a record names a slot not its own"
         has_slot = self._slot[records] >= 0
         assert (has_slot == (self.state[records] != RowState.DETACHED)).all(), "slots by state"
-        lent = self.device.cells[np.sort([*held, *self._spare.all()]).astype(int)].reshape(-1)
-        assert len(set(lent)) == lent.size, "a slot borrowed twice"
-        assert lent.size == self._lender.num_lent * self._lender.page_size, "the lender's count"
         assert (self._refs >= 0).all(), "negative readers"
         assert (self._refs[free] == 0).all(), "readers of nothing"
-        wants = np.zeros_like(self._wants)
-        for completion in self._completions.values():
-            wants[completion.alive(self._gen)] += 1
-        assert (wants == self._wants).all(), "wants"
-
-
-class _Stack:
-    """Ids, taken from the end."""
-
-    def __init__(self, ids: Ids) -> None:
-        self._ids, self._count = ids.astype(np.int64), ids.size
-
-    def __len__(self) -> int:
-        return self._count
-
-    def all(self) -> Ids:
-        return self._ids[: self._count].copy()
-
-    def pop(self, count: int) -> Ids:
-        self._count -= count
-        return self._ids[self._count : self._count + count].copy()
-
-    def push(self, ids: Ids) -> None:
-        end = self._count + ids.size
-        if end > self._ids.size:
-            self._ids = np.concatenate((self._ids[: self._count], ids, np.empty(end, np.int64)))
-        else:
-            self._ids[self._count : end] = ids
-        self._count = end
-
-    def reset(self, ids: Ids) -> None:
-        self._ids, self._count = ids.copy(), ids.size
+        assert (self.answers.count_wants() == self.answers.wants).all(), "wants"

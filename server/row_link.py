@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
+import time
 from typing import Any
 
 import msgspec
@@ -20,6 +22,7 @@ class RowLink:
         self._socket.setsockopt(zmq.LINGER, 0)
         self._socket.connect(address)
         self._asking = asyncio.Lock()
+        self._tickets = itertools.count(1)
 
     async def voted(self, rid: str) -> None:
         """A vote on a completion is on disk."""
@@ -29,14 +32,16 @@ class RowLink:
         """See `ActivationPool.stats`; empty when nothing is recorded, or when the scheduler, which answers between two
         batches, has not answered within `timeout` seconds.
         """
+        ticket = next(self._tickets)
+        deadline = time.monotonic() + timeout
         async with self._asking:
-            # An answer that came too late for the one who asked.
-            while await self._socket.poll(0):
-                await self._socket.recv()
-            await self._socket.send(messages.encode(messages.AskRows()))
-            if not await self._socket.poll(int(timeout * 1000)):
-                return {}
-            answer = messages.decode_to_main(await self._socket.recv())
-            assert isinstance(answer, messages.RowStats)
-            stats: dict[str, Any] = msgspec.json.decode(answer.stats)
-            return stats
+            await self._socket.send(messages.encode(messages.AskRows(ticket=ticket)))
+            while (left := deadline - time.monotonic()) > 0:
+                if not await self._socket.poll(int(left * 1000) + 1):
+                    break
+                answer = messages.decode_to_main(await self._socket.recv())
+                # A late answer to an earlier question is nobody's any more.
+                if isinstance(answer, messages.RowStats) and answer.ticket == ticket:
+                    stats: dict[str, Any] = msgspec.json.decode(answer.stats)
+                    return stats
+        return {}

@@ -15,29 +15,85 @@ from torch import Tensor
 from alchemist.protocol.layout import RowLayout
 from alchemist.protocol.shm import TensorHandle
 from alchemist.protocol.tensors import Arena
+from alchemist.server.ids import Ids, IdStack
+from alchemist.server.lender import Lender
 
 
 class DeviceTier:
     """Rows in borrowed slots of the KV pool.
 
     Attributes:
-        cells: [num_rows, slots_per_row] int64, shared: the slots of each row, −1 while it has none.
+        cells: [num_rows, slots_per_row] int64, shared: the slots of each row, or the last ones it had.
+        spare: rows with borrowed slots that hold nothing.
     """
 
     def __init__(
-        self, layout: RowLayout, k: Sequence[Tensor], v: Sequence[Tensor], cells: Tensor
+        self,
+        layout: RowLayout,
+        k: Sequence[Tensor],
+        v: Sequence[Tensor],
+        cells: Tensor,
+        lender: Lender,
     ) -> None:
         """Args:
         k, v: SGLang's buffers, per layer [slots, n_kv, d].
         """
-        self.layout = layout
+        self.layout, self._lender = layout, lender
         self.cells = cells.numpy()
+        self.spare = IdStack(np.arange(0))
+        self._without_slots = IdStack(np.arange(len(self.cells)))
         dtype = getattr(torch, layout.dtype)
         self._kv = list(zip(k, v, strict=True))
         self._planes = [tuple(t.flatten(1).view(dtype) for t in pair) for pair in self._kv]
         self._parts = {name: layout.parts(name) for name in layout.fields if name not in _KV}
 
-    def write(self, layer: int, field: str, rows: np.ndarray, value: Tensor) -> None:
+    def borrow(self, count: int) -> None:
+        """Have `count` spare rows, as far as slots can be borrowed."""
+        size = self.layout.slots_per_row
+        missing = min(count - len(self.spare), len(self._without_slots))
+        if missing <= 0:
+            return
+        slots = self._lender.borrow(missing * size)
+        found = slots.size // size
+        if slots.size > found * size:
+            self._lender.give(slots[found * size :])
+        rows = self._without_slots.pop(found)
+        self.cells[rows] = slots[: found * size].reshape(found, size)
+        self.spare.push(rows)
+
+    def take(self, count: int) -> Ids:
+        """`count` spare rows, with neighbouring slots if so many are: one plain copy fills those."""
+        size = self.layout.slots_per_row
+        if count > 1:
+            rows = self.spare.all()
+            first = self.cells[rows, 0]
+            if not (np.diff(first[-count:]) == size).all():
+                order = np.argsort(first)
+                first = first[order]
+                spans = first[count - 1 :] - first[: first.size - count + 1]
+                (runs,) = np.nonzero(spans == (count - 1) * size)
+                start = int(runs[0]) if runs.size else first.size - count
+                stop = start + count
+                self.spare.reset(np.concatenate((rows[order[:start]], rows[order[stop:]])))
+                self.spare.push(rows[order[start:stop]])
+        return self.spare.pop(count)
+
+    def give_back(self, count: int) -> Ids:
+        """The slots of up to `count` spare rows, which have none then."""
+        rows = self.spare.pop(min(count, len(self.spare)))
+        self._without_slots.push(rows)
+        slots: Ids = self.cells[rows].reshape(-1)
+        return slots
+
+    def check_integrity(self, held: Ids) -> None:
+        """AssertionError unless `held` and the rest are all rows, and borrowed slots are borrowed once."""
+        unused = [*self.spare.all(), *self._without_slots.all()]
+        assert sorted([*held, *unused]) == list(range(len(self.cells))), "device rows"
+        lent = self.cells[np.sort([*held, *self.spare.all()]).astype(int)].reshape(-1)
+        assert len(set(lent)) == lent.size, "a slot borrowed twice"
+        assert lent.size == self._lender.num_lent * self._lender.page_size, "the lender's count"
+
+    def write(self, layer: int, field: str, rows: Ids, value: Tensor) -> None:
         """Store [n, field width] in `rows` [n]."""
         cell, slots = self.layout.cell, self.cells[rows]
         first = int(slots[0, 0])
@@ -56,16 +112,14 @@ class DeviceTier:
             index = torch.from_numpy(slots[:, begin : begin + count].reshape(-1))
             target.index_copy_(0, index, part.reshape(-1, cell))
 
-    def copy_kv_to(self, host: HostTier, slots: np.ndarray, host_rows: np.ndarray) -> None:
+    def copy_kv_to(self, host: HostTier, slots: Ids, host_rows: Ids) -> None:
         """Copy keys and values of tokens' `slots` to the host: every layer."""
         own = torch.from_numpy(slots)
         for layer, (key_cells, value_cells) in enumerate(self._planes):
             host.write(layer, "keys", host_rows, key_cells[own])
             host.write(layer, "values", host_rows, value_cells[own])
 
-    def copy_to(
-        self, host: HostTier, rows: np.ndarray, slots: np.ndarray, host_rows: np.ndarray
-    ) -> None:
+    def copy_to(self, host: HostTier, rows: Ids, slots: Ids, host_rows: Ids) -> None:
         """Copy rows, and keys and values of their tokens' `slots`, to the host: every layer."""
         cell, half = self.layout.cell, self.layout.slots_per_row
         keys, end = self.layout.fields["keys"][0], self.layout.width
@@ -98,7 +152,7 @@ class HostTier:
         self._arena = Arena("rows", specs, populate=True)
         self.data = [self._arena.tensors[str(layer)] for layer in range(layout.num_layers)]
 
-    def write(self, layer: int, field: str, rows: np.ndarray, value: Tensor) -> None:
+    def write(self, layer: int, field: str, rows: Ids, value: Tensor) -> None:
         """Store [n, field width] in `rows` [n]."""
         start, width = self._fields[field]
         target = self.data[layer][:, start : start + width]

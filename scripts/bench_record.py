@@ -1,0 +1,174 @@
+"""What recording costs a request, what it saves the trainer, and from which prompt length on it pays.
+
+    python scripts/bench_record.py [--quick] [--only NAME,…] [--json FILE|-]
+
+Two servers of the embedded model, one that records and one that does not, are sent the same random prompts, one at a
+time and in turn, with training paused. Then the answers are voted on, and each server trains them: the difference of
+the steps' forward passes is what the rows saved. Costs are processor time of the scheduler, copies to the host
+included, because what is done after the first token still takes a core. The gate: the recording server reused every
+prompt token.
+
+The model: recording costs `fixed + per_token · n` seconds for a prompt of n tokens, and saves `saved · n` if a vote
+comes. With the chance p of a vote it pays from n = fixed / (p · saved − per_token) tokens on: `record_min_tokens_pP`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import signal
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+from bench_common import Row, Run, progress, quartiles
+from serving_servers import Target
+
+from alchemist.server.main import TINY_MODEL
+
+LENGTHS = (16, 64, 256, 1024)
+CHANCES = (1.0, 0.3, 0.1)
+VOCABULARY = 1500
+
+
+class Side:
+    """One of the two servers."""
+
+    def __init__(self, target: Target) -> None:
+        self.target = target
+        self.seconds: dict[int, list[float]] = {n: [] for n in LENGTHS}
+        """Answer times by prompt length."""
+        self.processor: dict[int, float] = {}
+        """Processor seconds of the scheduler, by prompt length, over all requests."""
+        self._ids: list[str] = []
+        children = psutil.Process(target.process.pid).children(recursive=True)
+        self._scheduler = next(p for p in children if "scheduler" in " ".join(p.cmdline()))
+
+    def used(self) -> float:
+        times = self._scheduler.cpu_times()
+        return float(times.user + times.system)
+
+    def ask(self, prompt: list[int]) -> None:
+        body = {
+            "input_ids": prompt,
+            "sampling_params": {"max_new_tokens": 2, "temperature": 0, "ignore_eos": True},
+        }
+        started = time.perf_counter()
+        answer = self.target.http.post("/generate", json=body).raise_for_status().json()
+        self.seconds[len(prompt)].append(time.perf_counter() - started)
+        self._ids.append(answer["meta_info"]["id"])
+
+    def settle(self) -> None:
+        """Wait until nothing is left to be copied."""
+        while self.status()["activations"].get("hedge_backlog"):
+            time.sleep(0.05)
+
+    def status(self) -> dict[str, Any]:
+        found: dict[str, Any] = self.target.http.get("/v1/training").json()
+        return found
+
+    def train(self, count: int) -> dict[str, Any]:
+        """One step of votes on the last `count` answers; its metrics."""
+        for rid in self._ids[-count:]:
+            vote = {"completion_id": rid, "rating": "up"}
+            self.target.http.post("/v1/feedback", json=vote).raise_for_status()
+        before = self.status()["step"]
+        self.target.http.post("/v1/training/resume").raise_for_status()
+        self.target.http.post("/v1/training/flush").raise_for_status()
+        while (status := self.status())["step"] == before or status["state"] != "idle":
+            time.sleep(0.02)
+        self.target.http.post("/v1/training/pause").raise_for_status()
+        metrics: dict[str, Any] = status["last_step"]
+        return metrics
+
+
+def measure(run: Run, none: Side, recording: Side, requests: int, batch: int) -> None:
+    draw = random.Random(0)
+    saved: dict[int, float] = {}
+    for length in progress(LENGTHS, "prompt lengths"):
+        used = {side: side.used() for side in (none, recording)}
+        for i in range(requests):
+            prompt = [draw.randrange(10, VOCABULARY) for _ in range(length)]
+            for side in (none, recording) if i % 2 else (recording, none):
+                side.ask(prompt)
+        recording.settle()
+        for side in (none, recording):
+            side.processor[length] = side.used() - used[side]
+        # Both trainers work on the same prompts, one after the other.
+        steps = [side.train(batch) for side in (none, recording)]
+        if steps[1]["tokens_reused"] < batch * (length - 1):
+            sys.exit(f"gate: {steps[1]['tokens_reused']} of {batch * length} tokens were reused")
+        forward = [step["forward_s"] + step["rows_s"] for step in steps]
+        saved[length] = (forward[0] - forward[1]) / batch
+        ratios = [
+            r / n for r, n in zip(recording.seconds[length], none.seconds[length], strict=True)
+        ]
+        run.add(
+            Row(
+                f"answer_time_{length}",
+                statistics.median(ratios),
+                "x",
+                quartiles(ratios),
+                len(ratios),
+                against="the same request, not recorded",
+                less_is_better=True,
+            )
+        )
+    costs = [
+        (recording.processor[n] - none.processor[n]) / (len(recording.seconds[n])) for n in LENGTHS
+    ]
+    per_token, fixed = statistics.linear_regression(LENGTHS, costs)
+    worth, _ = statistics.linear_regression(LENGTHS, [saved[n] for n in LENGTHS])
+    for name, value, unit in (
+        ("record_fixed_us", fixed * 1e6, "us"),
+        ("record_per_token_us", per_token * 1e6, "us"),
+        ("saved_per_token_us", worth * 1e6, "us"),
+    ):
+        run.add(Row(name, value, unit, (value, value), 1))
+    for chance in CHANCES:
+        margin = chance * worth - per_token
+        # It never pays: more tokens than any prompt has.
+        least = max(0.0, fixed) / margin if margin > 0 else float("inf")
+        name = f"record_min_tokens_p{round(100 * chance)}"
+        run.add(Row(name, least, "tokens", (least, least), 1, against=f"{chance:.0%} are voted on"))
+    run.config |= {
+        "processor_s": {str(n): costs[i] for i, n in enumerate(LENGTHS)},
+        "saved_s": {str(n): s for n, s in saved.items()},
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    Run.add_arguments(parser)
+    options = parser.parse_args()
+    # However this ends, its servers end.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by a signal"))
+    run = Run("record", options)
+    requests, batch = (16, 4) if options.quick else (200, 16)
+    run.config = {"requests": requests, "votes": batch}
+    targets: list[Target] = []
+    with tempfile.TemporaryDirectory(prefix="bench-record-") as name:
+        folder = Path(name)
+        try:
+            for record in ("none", "prefill"):
+                flags = ["--model-path", str(TINY_MODEL), "--data-dir", str(folder / record)]
+                flags += ["--record", record, "--objective", "sft"]
+                flags += ["--train-batch-size", str(batch), "--train-max-wait", "600"]
+                targets.append(Target(record, ["-m", "alchemist.server"], flags, folder))
+            for target in targets:
+                target.wait_ready()
+                target.http.post("/v1/training/pause").raise_for_status()
+            measure(run, Side(targets[0]), Side(targets[1]), requests, batch)
+        finally:
+            Target.end(targets)
+    run.finish()
+
+
+if __name__ == "__main__":
+    main()

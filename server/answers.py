@@ -1,0 +1,82 @@
+"""Answers that may still be voted on, and the records of their prompts."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from alchemist.server.appraisal import Completion, FeedbackDelays, worth
+from alchemist.server.ids import Ids
+
+
+class Answers:
+    """Completions by id, and how many of them want each record.
+
+    Attributes:
+        gen: [records] borrowed: a record's generation, which changes when the record ends.
+        wants: [records] how many completions want each record.
+    """
+
+    def __init__(self, gen: Ids) -> None:
+        self._gen = gen
+        self.wants = np.zeros_like(gen)
+        self.delays = FeedbackDelays()
+        self._completions: dict[str, Completion] = {}
+        self._num_tokens = 0
+        self.num_voted_tokens = 0
+        """Tokens of completions that were voted on, and how many of them had a row when the vote came."""
+        self.num_voted_held = 0
+
+    def __len__(self) -> int:
+        return len(self._completions)
+
+    def get(self, rid: str) -> Completion | None:
+        return self._completions.get(rid)
+
+    def add(self, rid: str, records: Ids, now: float) -> Ids:
+        """A request has ended with `records`, −1 where a token has none. Records that nobody wants any more, because
+        what is remembered is bounded by what records there are.
+        """
+        unwanted = [self.drop(rid, now)]
+        self.wants[records[records >= 0]] += 1
+        self._completions[rid] = Completion(records, self._gen[records], now)
+        self._num_tokens += records.size
+        while self._num_tokens > 4 * self._gen.size and len(self._completions) > 1:
+            unwanted.append(self.drop(next(iter(self._completions)), now))
+        return np.concatenate(unwanted)
+
+    def voted(self, rid: str, now: float) -> None:
+        completion = self._completions.get(rid)
+        if completion is not None and completion.voted is None:
+            completion.voted = now
+            self.delays.came(now - completion.finished)
+            self.num_voted_tokens += completion.records.size
+            self.num_voted_held += completion.alive(self._gen).size
+
+    def consumed(self, rid: str) -> None:
+        completion = self._completions.get(rid)
+        if completion is not None:
+            completion.is_consumed = True
+
+    def drop(self, rid: str, now: float) -> Ids:
+        """Forget a completion; the records that nobody wants any more."""
+        completion = self._completions.pop(rid, None)
+        if completion is None:
+            return np.arange(0)
+        if completion.voted is None:
+            self.delays.left(now - completion.finished)
+        self._num_tokens -= completion.records.size
+        records = completion.alive(self._gen)
+        self.wants[records] -= 1
+        unwanted: Ids = records[self.wants[records] == 0]
+        return unwanted
+
+    def chances(self, now: float) -> np.ndarray:
+        """By record, the chance that some completion which has it will be voted on."""
+        return worth(self._completions.values(), self._gen, self.delays, now, self._gen.size)
+
+    def count_wants(self) -> Ids:
+        """`wants`, from scratch."""
+        wants = np.zeros_like(self.wants)
+        for completion in self._completions.values():
+            wants[completion.alive(self._gen)] += 1
+        return wants
