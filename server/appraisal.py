@@ -15,9 +15,10 @@ import numpy as np
 
 NUM_BINS = 24
 """Up to 1 s, 2 s, 4 s, … and the last one for ever (97 days on)."""
-PRIOR_VOTES, PRIOR_COMPLETIONS = 0.5, 5.0
-"""In every bin before anything was seen: one answer in ten is voted on within a bin."""
+PRIOR_CHANCE, PRIOR_COMPLETIONS = 0.1, 5.0
+"""Before anything was seen: one answer in ten is voted on, in whatever bin, as if five had taught so."""
 CERTAIN = 1 - 1e-9
+"""Chance of a vote that is there."""
 CONSUMED = 1e-3
 """Chance of one more vote on an answer whose vote was trained (from another user)."""
 
@@ -69,7 +70,8 @@ class FeedbackDelays:
         """
         bins = bin_of(ages)
         open_ = np.bincount(bins, minlength=NUM_BINS)[::-1].cumsum()[::-1]
-        hazard = (self._votes + PRIOR_VOTES) / (self._at_risk + open_ + PRIOR_COMPLETIONS)
+        prior = PRIOR_CHANCE / NUM_BINS * PRIOR_COMPLETIONS
+        hazard = (self._votes + prior) / (self._at_risk + open_ + PRIOR_COMPLETIONS)
         survival = np.append((1 - np.minimum(hazard, 1.0))[::-1].cumprod()[::-1], 1.0)
         # Of the bin that an answer is in, half is behind it.
         within = np.sqrt(survival[bins] * survival[bins + 1])

@@ -22,8 +22,8 @@ def test_bins_double():
 def test_before_anything_was_seen_older_answers_have_less_to_hope_for():
     chances = FeedbackDelays().chances(np.array([0.0, 10.0, 1e3, 1e6]))
     assert (np.diff(chances) < 0).all()
-    assert 0 < chances[-1]
-    assert chances[0] < 1
+    assert chances[-1] > 0
+    assert chances[0] == pytest.approx(0.1, abs=0.02)
 
 
 def test_votes_that_come_at_once_or_never():
@@ -37,7 +37,7 @@ def test_votes_that_come_at_once_or_never():
     young, old = delays.chances(np.array([0.0, 60.0]))
     # Of the first bin, half is behind an answer of no age: some of its votes have come.
     assert young == pytest.approx(0.45, abs=0.06)
-    assert old < 0.02
+    assert old < 0.05
 
 
 def test_answers_without_a_vote_yet_count():
