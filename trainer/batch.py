@@ -1,10 +1,9 @@
 """One micro-batch as the engine sees it: unique tokens in engine order, who is recorded, who
 attends to whom.
 
-Engine order is [recorded | missing, on a loss path | missing, forward only | base, forward only]. The first two parts
+Engine order is [recorded | missing, on a loss path | missing, forward only]. The first two parts
 are differentiated; the third are the mismatched pairs of KTO's KL estimate and everything that is
-only scored. The fourth is what the base model scores in the same pass: few tokens alone multiply at two
-thirds of the rate of many.
+only scored.
 """
 
 from __future__ import annotations
@@ -30,7 +29,6 @@ class TokenBatch:
         loss: sequences whose log-probabilities get a gradient.
         scored: sequences whose log-probabilities are only wanted as values.
         recorded: for each of `loss` then `scored`, where its tokens are recorded, or None.
-        base: sequences that are scored without the adapter.
     """
 
     def __init__(
@@ -39,31 +37,23 @@ class TokenBatch:
         scored: Sequence[Pair],
         recorded: Sequence[Recorded | None],
         device: torch.device,
-        base: Sequence[Pair] = (),
     ) -> None:
-        pairs = [*loss, *scored, *base]
-        worlds = [0] * (len(loss) + len(scored)) + [1] * len(base)
+        pairs = [*loss, *scored]
         # The last response token is predicted but never read.
-        tree = TokenTree([[*prompt, *response[:-1]] for prompt, response in pairs], worlds)
-        in_base = torch.zeros(tree.num_tokens, dtype=torch.bool)
-        for path in tree.paths[len(worlds) - len(base) :]:
-            in_base[path] = True
+        tree = TokenTree([[*prompt, *response[:-1]] for prompt, response in pairs])
         on_loss_path = torch.zeros(tree.num_tokens, dtype=torch.bool)
         for path in tree.paths[: len(loss)]:
             on_loss_path[path] = True
-        rows, slots, gens = _records(tree, pairs, [*recorded, *[None] * len(base)])
+        rows, slots, gens = _records(tree, pairs, recorded)
         has_row = rows >= 0
 
-        kind = torch.where(has_row, 0, torch.where(on_loss_path, 1, torch.where(in_base, 3, 2)))
+        kind = torch.where(has_row, 0, torch.where(on_loss_path, 1, 2))
         order = torch.argsort(kind, stable=True)
         engine = torch.empty_like(order)
         engine[order] = torch.arange(order.numel())
         self.num_tokens = tree.num_tokens
         self.num_recorded = int(has_row.sum())
         self.num_differentiated = int((kind < 2).sum())
-        self.num_base = int(in_base.sum())
-        self.num_adapted = tree.num_tokens - self.num_base - self.num_recorded
-        """Missing tokens that the adapter is applied to: the first ones."""
 
         # Tokens whose final hidden state is wanted: those of loss sequences first.
         spans = [
@@ -98,8 +88,6 @@ class TokenBatch:
         self.missing_heads = move(engine[missing_heads] - self.num_recorded)
         """Missing tokens (counted from the first missing one) that are heads, by tree order."""
         self.missing_head_ranks = move(head_rank[missing_heads])
-        self.num_adapted_heads = int((missing_heads & ~in_base).sum())
-        """Of `missing_heads`, those that the adapter is applied to: the first ones."""
         recorded_heads = (head_rank >= 0) & has_row
         self.recorded_heads = move(engine[recorded_heads])
         self.recorded_head_ranks = move(head_rank[recorded_heads])

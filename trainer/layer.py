@@ -53,21 +53,10 @@ class LayerLora:
     gate_up: tuple[LoraPart, ...] = ()
     down: tuple[LoraPart, ...] = ()
     scaling: float = 1.0
-    num_tokens: int | None = None
-    """It applies to the first so many tokens, the rest is the base model's; None: to all."""
-    num_queries: int | None = None
-    """The same of the queries."""
 
     @classmethod
     def of(
-        cls,
-        adapter: LoraAdapter | None,
-        layer: int,
-        shape: ModelShape,
-        *,
-        b_is_zero: bool = False,
-        num_tokens: int | None = None,
-        num_queries: int | None = None,
+        cls, adapter: LoraAdapter | None, layer: int, shape: ModelShape, *, b_is_zero: bool = False
     ) -> LayerLora:
         """One layer of `adapter`; None: no adapter."""
         if adapter is None:
@@ -88,8 +77,6 @@ class LayerLora:
             gate_up=parts(("gate_proj", "up_proj"), (shape.intermediate_size,) * 2),
             down=parts(("down_proj",), (shape.hidden_size,)),
             scaling=adapter.config.scaling,
-            num_tokens=num_tokens,
-            num_queries=num_queries,
         )
 
     @property
@@ -143,15 +130,7 @@ def decoder_layer(
 
     outputs_shape = (attn.shape[0], shape.hidden_size)
     skip = (unread(outputs_shape, attn),) if recorded else None
-    (o,) = replay_linear(
-        attn,
-        weights.o,
-        weights.o_bias,
-        lora.o,
-        lora.scaling,
-        recorded=skip,
-        num_adapted=lora.num_queries,
-    )
+    (o,) = replay_linear(attn, weights.o, weights.o_bias, lora.o, lora.scaling, recorded=skip)
     mid, normed = add_rms_norm(
         residual, o, weights.post_attention_norm, eps, recorded.mid if recorded else None
     )
@@ -162,16 +141,9 @@ def decoder_layer(
         lora.gate_up,
         lora.scaling,
         recorded=(recorded.gate_up,) if recorded else None,
-        num_adapted=lora.num_queries,
     )
     (down,) = replay_linear(
-        swiglu(gate_up),
-        weights.down,
-        weights.down_bias,
-        lora.down,
-        lora.scaling,
-        recorded=skip,
-        num_adapted=lora.num_queries,
+        swiglu(gate_up), weights.down, weights.down_bias, lora.down, lora.scaling, recorded=skip
     )
     kept_k = k if weights.k_norm is not None else None
     return mid, down, LayerValues(x_TH, q, kept_k, attn, mid, gate_up, keys, values)
@@ -203,14 +175,7 @@ def _qkv(
         outputs = (recorded.q, k, recorded.values.flatten(1))
     if queries is None:
         q, k, v = replay_linear(
-            normed,
-            weights.qkv,
-            weights.qkv_bias,
-            lora.qkv,
-            lora.scaling,
-            shape.qkv_splits,
-            outputs,
-            lora.num_tokens,
+            normed, weights.qkv, weights.qkv_bias, lora.qkv, lora.scaling, shape.qkv_splits, outputs
         )
         return q, k, v
     bias = weights.qkv_bias
@@ -221,7 +186,6 @@ def _qkv(
         tuple(p for p in lora.qkv if p.end <= q_width),
         lora.scaling,
         recorded=outputs[:1] if outputs else None,
-        num_adapted=lora.num_queries,
     )
     k, v = replay_linear(
         normed,
@@ -235,6 +199,5 @@ def _qkv(
         lora.scaling,
         kv_widths,
         outputs[1:] if outputs else None,
-        lora.num_tokens,
     )
     return q, k, v

@@ -32,7 +32,7 @@ def step_bytes(
             the path of a completion; of the KL estimate's pairs only.
         response: tokens of that micro-batch's completions.
         longest: tokens of its longest completion, prompt included.
-        reference: the base scores the same tokens: first, or in the same pass where little is missing.
+        reference: the base scores the same tokens first.
     """
     h, inner, layers = shape.hidden_size, shape.intermediate_size, shape.num_layers
     q, kv, _ = shape.qkv_splits
@@ -55,10 +55,6 @@ def step_bytes(
     peaks = [below + forward_peak(computed, recorded, kept if scored else 0)]
     if reference:
         peaks.append(forward_peak(differentiated + scored, 0, 0))
-    if reference and 4 * missing <= differentiated:
-        # The reference rides along with the few missing tokens.
-        computed, heads = computed + differentiated + scored, 2 * heads
-        peaks.append(below + forward_peak(computed, recorded, kept))
     row = values if not recorded else values - (0 if shape.has_qk_norm else kv)
     swiglu = differentiated * (3 * h + q + 3 * inner) + 4 * min(differentiated, 128) * inner
     attention = differentiated * (4 * h + 4 * q + 4 * kv) + 4 * path + 5 * score_tile

@@ -100,7 +100,6 @@ class Replay:
         out = x
         kept: list[LayerValues] = []
         num_kept = batch.num_differentiated - first
-        num_queries = (batch.num_adapted, batch.num_adapted_heads)
         with torch.no_grad():
             for index in range(num_layers if x.shape[0] else 0):
                 self._gate()
@@ -110,13 +109,7 @@ class Replay:
                     x,
                     weights.layers[index],
                     shape,
-                    LayerLora.of(
-                        adapter,
-                        index,
-                        shape,
-                        num_tokens=batch.num_adapted if batch.num_base else None,
-                        num_queries=num_queries[last] if batch.num_base else None,
-                    ),
+                    LayerLora.of(adapter, index, shape),
                     cos_sin,
                     attend,
                     queries=batch.missing_heads if last else None,

@@ -203,18 +203,15 @@ class _Step:
         ]
         mismatched = self._mismatched_pairs()
         # At base the mismatched pairs' log-ratio is zero: nothing to compute for what v0 served.
+        reference, reference_kl = self._reference(used, mismatched)
         kl: float | None = None if mismatched else 0.0
         together = mismatched if len(batches) == 1 else {}
-        is_coupled = self.loss.is_coupled([members for _, members in batches])
-        rides = len(batches) == 1 and not is_coupled and self._is_few(used)
-        reference, reference_kl = ({}, {}) if rides else self._reference(used, mismatched)
         if mismatched and not together:
             kl = self._kl_alone(mismatched, reference_kl)
+        is_coupled = self.loss.is_coupled([members for _, members in batches])
         known = self._losses_first(batches, reference) if is_coupled else {}
         for group, members in batches:
-            kl = self._micro_batch(
-                group, members, together, reference, reference_kl, kl, known, rides
-            )
+            kl = self._micro_batch(group, members, together, reference, reference_kl, kl, known)
         return self._result(kl or 0.0)
 
     def _losses_first(
@@ -242,30 +239,16 @@ class _Step:
             if not zero[self.group_of[i]]
         }
 
-    def _needs_reference(self, members: list[int]) -> list[int]:
-        """Those whose base log-probabilities are wanted and are not the policy's."""
-        if self.objective.name == "sft" or self.objective.reference != "base":
-            return []
-        zero = [adapter.is_zero for adapter in self.adapters]
-        return [i for i in members if not zero[self.group_of[i]]]
-
-    def _is_few(self, members: list[int]) -> bool:
-        """Whether so little of some samples is missing that it is better computed beside the base reference, which
-        needs all of their tokens: alone it would multiply slowly, and together they take no more memory to speak of.
-        """
-        lengths = [len(s.prompt_ids) + len(s.response_ids) for s in self.samples]
-        held = [
-            0 if s.recorded is None else int((s.recorded.rows >= 0).sum()) for s in self.samples
-        ]
-        return 4 * sum(lengths[i] - held[i] for i in members) <= sum(lengths[i] for i in members)
-
     def _reference(
         self, used: list[int], mismatched: dict[int, Pair]
     ) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
         """Base log-probabilities of samples [tokens], and of mismatched pairs, summed, for versions
         that are not the base.
         """
-        needed = self._needs_reference(used)
+        if self.objective.name == "sft" or self.objective.reference != "base":
+            return {}, {}
+        zero = [adapter.is_zero for adapter in self.adapters]
+        needed = [i for i in used if not zero[self.group_of[i]]]
         pairs = [self.samples[i].pair for i in needed] + list(mismatched.values())
         logps, computed = self.engine.score_with(self.phases, "reference", pairs, None)
         self.tokens_reference = computed
@@ -337,15 +320,9 @@ class _Step:
         reference_kl: dict[int, Tensor],
         kl: float | None,
         known: dict[int, tuple[SampleResult, Tensor]],
-        rides: bool,
     ) -> float | None:
-        """Forward, loss and backward of some samples of one group. Returns the KL estimate.
-
-        Args:
-            rides: the base reference is not known yet, and is computed in the same forward pass.
-        """
+        """Forward, loss and backward of some samples of one group. Returns the KL estimate."""
         adapter = self.adapters[group]
-        needed = self._needs_reference(members) if rides else []
 
         def attempt() -> tuple[TokenBatch, list[SampleResult], dict[str, Tensor], float | None]:
             replay = self.engine.replay(self.phases)
@@ -353,19 +330,13 @@ class _Step:
                 pairs = [self.samples[i].pair for i in members]
                 records = [self.samples[i].recorded for i in members]
                 records += [self._record(i, pair) for i, pair in together.items()]
-                others = list(together.values())
-                base = [self.samples[i].pair for i in needed] + (others if rides else [])
-                batch = TokenBatch(pairs, others, records, self.engine._device, base)
+                batch = TokenBatch(pairs, list(together.values()), records, self.engine._device)
                 state = replay.forward(batch, adapter, gradient=True)
             with self.phases.phase("loss"):
                 estimate = kl
-                rest = iter(state.logps[len(members) :])
-                sums = {i: next(rest).sum() for i in together}
-                if rides:
-                    reference.update({i: next(rest) for i in needed})
-                    reference_kl.update({i: next(rest).sum() for i in together})
                 if together:
-                    estimate = self._kl(sums, reference_kl)
+                    sums = [t.sum() for t in state.logps[len(members) :]]
+                    estimate = self._kl(dict(zip(together, sums, strict=True)), reference_kl)
                 if known:
                     results, d_logps = ([known[i][part] for i in members] for part in (0, 1))
                 else:
@@ -380,8 +351,7 @@ class _Step:
 
         batch, results, grads, kl = self._retry(members, attempt)
         self.tokens_reused += batch.num_recorded
-        self.tokens_recomputed += batch.num_adapted
-        self.tokens_reference += batch.num_base
+        self.tokens_recomputed += batch.num_tokens - batch.num_recorded
         self.results |= dict(zip(members, results, strict=True))
         for name, grad in grads.items():
             self.grads[name].add_(grad)

@@ -34,24 +34,16 @@ class Node:
 class TokenTree:
     """The tree of `sequences` (non-empty lists of token ids, in any order, duplicates allowed).
 
-    Args:
-        worlds: a number for each sequence; those of different worlds share nothing, and the tokens of a lower one
-            come first. Default: all of one world.
-
     `ids`, `positions`: int64 [num_tokens]. `paths[i]`: int64 [len(sequence i)], the tree's tokens
     along sequence i.
     """
 
-    def __init__(
-        self, sequences: Sequence[Sequence[int]], worlds: Sequence[int] | None = None
-    ) -> None:
+    def __init__(self, sequences: Sequence[Sequence[int]]) -> None:
         if any(len(s) == 0 for s in sequences):
             raise ValueError("a sequence is empty")
-        world = np.asarray(worlds or [0] * len(sequences))
-        order = sorted(range(len(sequences)), key=lambda i: (world[i], tuple(sequences[i])))
+        order = sorted(range(len(sequences)), key=lambda i: tuple(sequences[i]))
         arrays: list[Ids] = [np.asarray(sequences[i], dtype=np.int64) for i in order]
         shared = _shared_with_previous(arrays)
-        shared[1:][np.diff(world[order]) != 0] = 0
         self.nodes: list[Node] = []
         ends = [-1] * len(arrays)
         runs: list[Ids] = []

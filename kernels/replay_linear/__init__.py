@@ -39,7 +39,6 @@ def replay_linear(
     scaling: float,
     splits: Sequence[int] | None = None,
     recorded: Sequence[Tensor] | None = None,
-    num_adapted: int | None = None,
 ) -> tuple[Tensor, ...]:
     """The outputs, one per entry of `splits` (widths that add up to E; default: one output).
 
@@ -49,11 +48,9 @@ def replay_linear(
         recorded: the outputs' values, returned as they are (borrowed, not copied). A value that no
             later
             backward reads may be a placeholder (`unread`).
-        num_adapted: the adapters apply to the first so many tokens only; without gradient. None: to all.
     """
     splits = tuple(splits or (weight_ED.shape[0],))
-    ranges = tuple((p.start, p.end, p.b_is_zero) for p in parts)
-    meta = _Meta(splits, ranges, scaling, num_adapted)
+    meta = _Meta(splits, tuple((p.start, p.end, p.b_is_zero) for p in parts), scaling)
     tensors = [t for p in parts for t in (p.a, p.b)]
     outputs: tuple[Tensor, ...] = _ReplayLinear.apply(
         x_TD, weight_ED, bias_E, meta, tuple(recorded) if recorded is not None else None, *tensors
@@ -70,7 +67,6 @@ class _Meta(NamedTuple):
     splits: tuple[int, ...]
     ranges: tuple[tuple[int, int, bool], ...]
     scaling: float
-    num_adapted: int | None
 
 
 class _ReplayLinear(torch.autograd.Function):
@@ -89,12 +85,10 @@ class _ReplayLinear(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         if recorded is not None:
             return tuple(value.detach() for value in recorded)
-        assert meta.num_adapted is None or not any(ctx.needs_input_grad)
         y = torch.nn.functional.linear(x, weight, bias)
-        mine = slice(meta.num_adapted)
         for (start, end, is_zero), a, b in zip(meta.ranges, lora[::2], lora[1::2], strict=True):
             if not is_zero:
-                y[mine, start:end].addmm_(x[mine] @ a.T, b.T, alpha=meta.scaling)
+                y[:, start:end].addmm_(x @ a.T, b.T, alpha=meta.scaling)
         return y.split(meta.splits, dim=-1) if len(meta.splits) > 1 else (y,)
 
     @staticmethod

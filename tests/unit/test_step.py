@@ -114,29 +114,6 @@ def test_mixed_versions_and_micro_batches_equal_the_naive_step(model, objective,
     assert result.tokens_reused > 0
 
 
-@pytest.mark.parametrize("share", [0.9, 0.2])
-@pytest.mark.parametrize("name", ["kto", "apo_zero_unpaired", "dpo", "user_losses:hinge"])
-def test_the_base_reference_rides_along_where_little_is_missing(model, name, share):
-    """The same loss and gradient; in one pass with the few missing tokens, or in one of its own."""
-    engine = engine_of(model)
-    recorder = Recorder(engine.shape, torch.float64)
-    engine.view = recorder.view
-    adapter = random_adapter(engine.shape, torch.float64, 3)
-    samples = [dataclasses.replace(s, match=f"{i // 2}") for i, s in enumerate(make_samples(4))]
-    samples = [dataclasses.replace(s, label=i % 2 == 0) for i, s in enumerate(samples)]
-    samples = [dataclasses.replace(s, prompt_ids=[*s.prompt_ids * 4]) for s in samples]
-    objective = Objective(name=name, beta=0.3)
-    loss, grads, kl = naive_step(model, [VersionGroup(adapter, samples)], objective)
-    taken = recorded(recorder, model, adapter, samples, share)
-    result = engine.gradients(taken, adapter, objective)
-    assert result.loss == pytest.approx(loss, abs=1e-12)
-    assert result.kl == pytest.approx(kl, abs=1e-12)
-    assert relative_error(result.grads, grads) < 1e-10
-    assert (result.seconds["reference"] == 0) == (share == 0.9)
-    assert result.tokens_reference > 0
-    assert result.tokens_recomputed + result.tokens_reused < result.tokens_reference + 10
-
-
 @pytest.mark.parametrize("name", ["sft", "kto", "apo_zero_unpaired"])
 def test_a_completion_recorded_whole_needs_no_forward(model, name):
     """Log-probabilities and gradient from rows alone; only the KL estimate's other answers are computed."""

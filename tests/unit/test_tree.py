@@ -50,14 +50,3 @@ def test_a_chain_of_many_branches_needs_no_recursion():
 def test_empty_sequences_are_refused():
     with pytest.raises(ValueError, match="empty"):
         TokenTree([[1], []])
-
-
-def test_worlds_share_nothing():
-    tree = TokenTree([[1, 2], [1, 3], [1, 2], [1, 2, 4]], [1, 0, 0, 1])
-    assert tree.num_tokens == 3 + 3
-    paths = [set(path.tolist()) for path in tree.paths]
-    assert paths[0] <= paths[3]
-    assert paths[1] & paths[2]
-    assert not (paths[0] | paths[3]) & (paths[1] | paths[2])
-    assert max(paths[1] | paths[2]) < min(paths[0] | paths[3])
-    assert [tree.ids[path].tolist() for path in tree.paths] == [[1, 2], [1, 3], [1, 2], [1, 2, 4]]
