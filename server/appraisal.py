@@ -16,7 +16,9 @@ import numpy as np
 NUM_BINS = 24
 """Up to 1 s, 2 s, 4 s, … and the last one for ever (97 days on)."""
 PRIOR_CHANCE, PRIOR_COMPLETIONS = 0.1, 5.0
-"""Before anything was seen: one answer in ten is voted on, in whatever bin, as if five had taught so."""
+"""Before anything was seen: one answer in ten is voted on, half of those within a second, half of the rest within two
+more, and so on, as if five had taught so. Older answers have less to hope for, so rows go in the order of their age.
+"""
 CERTAIN = 1 - 1e-9
 """Chance of a vote that is there."""
 CONSUMED = 1e-3
@@ -70,7 +72,7 @@ class FeedbackDelays:
         """
         bins = bin_of(ages)
         open_ = np.bincount(bins, minlength=NUM_BINS)[::-1].cumsum()[::-1]
-        prior = PRIOR_CHANCE / NUM_BINS * PRIOR_COMPLETIONS
+        prior = PRIOR_COMPLETIONS * PRIOR_CHANCE * 0.5 ** (1 + np.arange(NUM_BINS))
         hazard = (self._votes + prior) / (self._at_risk + open_ + PRIOR_COMPLETIONS)
         survival = np.append((1 - np.minimum(hazard, 1.0))[::-1].cumprod()[::-1], 1.0)
         # Of the bin that an answer is in, half is behind it.

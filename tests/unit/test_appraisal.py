@@ -23,7 +23,7 @@ def test_before_anything_was_seen_older_answers_have_less_to_hope_for():
     chances = FeedbackDelays().chances(np.array([0.0, 10.0, 1e3, 1e6]))
     assert (np.diff(chances) < 0).all()
     assert chances[-1] > 0
-    assert FeedbackDelays().prior == pytest.approx(0.1, abs=0.02)
+    assert FeedbackDelays().prior == pytest.approx(0.075, abs=0.01)
 
 
 def test_votes_that_come_at_once_or_never():
