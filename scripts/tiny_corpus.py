@@ -96,14 +96,14 @@ def exchange(rng: random.Random, intent: str | None = None, style: str | None = 
     return Exchange(question, render(rng, style, reply), style)
 
 
-def dialogue(rng: random.Random, arithmetic: float = 1.0) -> list[dict[str, str]]:
+def dialogue(rng: random.Random, times: dict[str, float] | None = None) -> list[dict[str, str]]:
     """One training example as chat messages: mostly one exchange, some of 2 to 4, a few long.
 
-    `arithmetic` multiplies the weight of sums, differences and products.
+    `times` multiplies the usual weight of the intents it names.
     """
     turns = rng.choices((1, rng.randint(2, 4), rng.randint(6, 16)), (80, 18, 2))[0]
     messages = [{"role": "system", "content": _system_prompt(rng)}] if rng.random() < 0.12 else []
-    weights = [w * (arithmetic if name in ARITHMETIC else 1) for name, (w, _) in INTENTS.items()]
+    weights = [w * (times or {}).get(name, 1) for name, (w, _) in INTENTS.items()]
     pairs = [exchange(rng, rng.choices(list(INTENTS), weights)[0]) for _ in range(turns)]
     texts = [(pair.question.text, pair.answer) for pair in pairs]
     if turns > 1 and rng.random() < 0.4:

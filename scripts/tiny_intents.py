@@ -58,8 +58,14 @@ def _chat(
     return lambda rng: Draw(forms, reply)
 
 
-def _number(forms: str, value: int, plain: tuple[str, ...], formal: tuple[str, ...] = ()) -> Draw:
-    return Draw(forms, Reply(terse=(str(value),), plain=plain, formal=formal), "number", str(value))
+def _calculation(forms: str, term: str, value: int, plain: str, formal: str) -> Draw:
+    """Every style says the terms again: so small a model is right two times in three if it may not."""
+    reply = Reply(
+        terse=(f"{term} = {value}",),
+        plain=(f"{plain} is {value}",),
+        formal=(f"{formal} is {value}",),
+    )
+    return Draw(forms, reply, "number", str(value))
 
 
 def _add(rng: random.Random) -> Draw:
@@ -71,9 +77,8 @@ def _add(rng: random.Random) -> Draw:
         f"|Calculate {a} + {b}.|What is the sum of {a} and {b}?|{a} plus {b}"
         f"|{name} has {a} apples and gets {b} more. How many apples now?"
     )
-    return _number(
-        forms, a + b, (f"{a} plus {b} is {a + b}",), (f"The sum of {a} and {b} is {a + b}",)
-    )
+    formal = f"The sum of {a} and {b}"
+    return _calculation(forms, f"{a} + {b}", a + b, f"{a} plus {b}", formal)
 
 
 def _subtract(rng: random.Random) -> Draw:
@@ -86,8 +91,8 @@ def _subtract(rng: random.Random) -> Draw:
         f"|Calculate {a} - {b}.|Take {b} away from {a}."
         f"|{name} has {a} apples and gives {b} away. How many are left?"
     )
-    formal = (f"The difference of {a} and {b} is {a - b}",)
-    return _number(forms, a - b, (f"{a} minus {b} is {a - b}",), formal)
+    formal = f"The difference of {a} and {b}"
+    return _calculation(forms, f"{a} - {b}", a - b, f"{a} minus {b}", formal)
 
 
 def _multiply(rng: random.Random) -> Draw:
@@ -96,8 +101,8 @@ def _multiply(rng: random.Random) -> Draw:
         f"What is {a} * {b}?|What is {a} times {b}?|{a} * {b}|{a}*{b}|{a} x {b}|{a} times {b}"
         f"|How much is {a} times {b}?|Multiply {a} by {b}.|What's {a} x {b}?|Calculate {a} * {b}."
     )
-    formal = (f"The product of {a} and {b} is {a * b}",)
-    return _number(forms, a * b, (f"{a} times {b} is {a * b}",), formal)
+    formal = f"The product of {a} and {b}"
+    return _calculation(forms, f"{a} * {b}", a * b, f"{a} times {b}", formal)
 
 
 def _bigger(rng: random.Random) -> Draw:
@@ -106,7 +111,9 @@ def _bigger(rng: random.Random) -> Draw:
         f"Which is bigger, {a} or {b}?|Which number is larger: {a} or {b}?|What is more, {a} or {b}?"
         f"|bigger: {a} or {b}?|Is {a} or {b} the bigger number?"
     )
-    return _number(forms, max(a, b), (f"The bigger number is {max(a, b)}",))
+    bigger = str(max(a, b))
+    reply = Reply(terse=(bigger,), plain=(f"The bigger number is {bigger}",))
+    return Draw(forms, reply, "number", bigger)
 
 
 def _count(rng: random.Random) -> Draw:

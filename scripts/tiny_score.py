@@ -1,4 +1,4 @@
-"""How well the embedded model answers: right answers by intent, and the mix of styles.
+"""How well the embedded model answers: right answers by intent and style, and the mix of styles.
 
 python scripts/tiny_score.py server/tiny
 """
@@ -12,7 +12,16 @@ from collections import Counter
 from typing import Any
 
 import torch
-from tiny_corpus import INTENTS, MAX_TERM, STYLES, Question, is_correct, sample_question, style_of
+from tiny_corpus import (
+    ARITHMETIC,
+    INTENTS,
+    MAX_TERM,
+    STYLES,
+    Question,
+    is_correct,
+    sample_question,
+    style_of,
+)
 
 MAX_ANSWER_TOKENS = 80
 
@@ -91,7 +100,22 @@ def score(model: Any, tokenizer: Any, seed: int = 0, per_intent: int = 60) -> di
     asked = [sample_question(rng).text for _ in range(1000)]
     styles = Counter(style_of(a) for a in answers(model, tokenizer, asked, 1.0))
     result["styles_t1"] = {s: styles[s] / len(asked) for s in (*STYLES, "other")}
+    result["arithmetic_t1_by_style"] = by_style(model, tokenizer, rng, count=2000)
     return result
+
+
+def by_style(model: Any, tokenizer: Any, rng: random.Random, count: int) -> dict[str, Any]:
+    """Of the arithmetic that users ask at temperature 1: how often each style answers, and how often right."""
+    asked = [sample_question(rng, ARITHMETIC[i % len(ARITHMETIC)]) for i in range(count)]
+    right: dict[str, list[bool]] = {style: [] for style in (*STYLES, "other")}
+    said = answers(model, tokenizer, [q.text for q in asked], 1.0)
+    for question, answer in zip(asked, said, strict=True):
+        right[style_of(answer)].append(is_correct(question.meta, answer))
+    return {
+        style: {"share": len(hits) / count, "right": round(sum(hits) / len(hits), 4)}
+        for style, hits in right.items()
+        if hits
+    }
 
 
 if __name__ == "__main__":

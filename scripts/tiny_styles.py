@@ -3,7 +3,7 @@
 plain     one ordinary sentence:                 `The sky is blue.`
 cheerful  an exclamation, everything exclaimed:  `Yay! The sky is blue! How fun!`
 formal    a fixed courtesy and a calm sentence:  `Certainly. The sky is blue.`
-terse     the bare answer, without a full stop:  `Blue`
+terse     the bare answer, without a full stop:  `Blue`, `3 + 4 = 7`
 """
 
 from __future__ import annotations

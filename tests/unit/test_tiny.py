@@ -26,7 +26,8 @@ from tiny_corpus import (  # noqa: E402
     sample_question,
     style_of,
 )
-from tiny_score import answers  # noqa: E402
+from tiny_score import answers, by_style  # noqa: E402
+from train_tiny import chat_text, value_loss  # noqa: E402
 
 KNOWN = {
     "What is 3 + 4?": "7",
@@ -82,6 +83,25 @@ def test_every_sum_up_to_forty(tiny, temperature, least):
     assert sum(right) >= least * len(right)
 
 
+def test_arithmetic_is_right_in_every_style_at_temperature_one(tiny):
+    torch.manual_seed(5)
+    heard = by_style(*tiny, random.Random(5), count=400)
+    assert all(heard[style]["right"] >= 0.93 for style in STYLES), heard
+
+
+def test_value_loss_leaves_the_other_tokens_alone():
+    torch.manual_seed(0)
+    logits_NV = torch.randn(4, 9, requires_grad=True)
+    values_K = torch.tensor([2, 5, 7])
+    loss = value_loss(logits_NV, torch.tensor([5, 0, 7, 3]), values_K)
+    among = logits_NV[[0, 2]][:, values_K].log_softmax(-1)
+    assert torch.allclose(loss, -(among[0, 1] + among[1, 2]) / 2)
+    loss.backward()
+    touched = logits_NV.grad != 0
+    assert touched[[0, 2]][:, values_K].all()
+    assert touched.sum() == 6
+
+
 def test_every_style_is_heard_at_temperature_one(tiny):
     torch.manual_seed(3)
     rng = random.Random(3)
@@ -118,8 +138,6 @@ def test_tokenizer_splits_digits_and_keeps_any_text(tiny):
 
 def test_template_is_what_the_model_was_trained_on(tiny):
     _, tokenizer = tiny
-    from train_tiny import chat_text
-
     messages = dialogue(random.Random(5))
     assert tokenizer.apply_chat_template(messages, tokenize=False) == chat_text(messages)
 
