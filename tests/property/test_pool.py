@@ -2,136 +2,16 @@
 votes, a host tier, and serving that takes its slots back at any moment.
 """
 
-import alchemist.server.cpu as cpu
+import numpy as np
+import pytest
+import torch
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+from pool_support import SIZE, World, as_recorded
 
-cpu.prepare()
-
-import numpy as np  # noqa: E402
-import pytest  # noqa: E402
-import torch  # noqa: E402
-from hypothesis import settings  # noqa: E402
-from hypothesis import strategies as st  # noqa: E402
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule  # noqa: E402
-from sglang.srt.mem_cache.allocator import (  # noqa: E402
-    PagedTokenToKVPoolAllocator,
-    TokenToKVPoolAllocator,
-)
-
-from alchemist.protocol.layout import RowLayout  # noqa: E402
-from alchemist.protocol.rows import ROW, RowEvent, RowState  # noqa: E402
-from alchemist.server.lender import Lender  # noqa: E402
-from alchemist.server.pool import ActivationPool  # noqa: E402
-from alchemist.trainer.rows import ActivationView, Recorded, RowsRevoked  # noqa: E402
-
-SIZE = 48
-"""Slots that serving may use; slot 0 (page 0) is the dummy."""
-
-
-def layout(page_size: int) -> RowLayout:
-    # Twelve cells: x 2 (the second one half empty), q 2, attn 2, mid 2, gate_up 4.
-    return RowLayout(
-        num_layers=2,
-        hidden_size=3,
-        num_heads=2,
-        num_kv_heads=1,
-        head_dim=2,
-        intermediate_size=4,
-        has_qk_norm=False,
-        dtype="float32",
-        cell=2,
-        page_size=page_size,
-    )
-
-
-class World:
-    """A pool over real KV buffers and a real allocator, and serving's use of them."""
-
-    def __init__(
-        self, page_size=1, *, host_rows=4, eviction="value", fraction=1.0, kv_dtype=torch.float32
-    ):
-        per_cell = {torch.float32: 1, torch.float16: 2}[kv_dtype]
-        self.layout = layout(page_size)
-        shape = (SIZE + page_size, 1, 2 * per_cell)
-        self.k = [torch.zeros(shape, dtype=kv_dtype) for _ in range(2)]
-        self.v = [torch.zeros(shape, dtype=kv_dtype) for _ in range(2)]
-        kind = TokenToKVPoolAllocator if page_size == 1 else PagedTokenToKVPoolAllocator
-        arguments = {"dtype": kv_dtype, "device": "cpu", "kvcache": None, "need_sort": False}
-        if page_size > 1:
-            arguments["page_size"] = page_size
-        self.allocator = kind(SIZE, **arguments)
-        self.pool = ActivationPool(
-            self.layout,
-            self.k,
-            self.v,
-            Lender(self.allocator),
-            num_device_rows=int(SIZE * fraction) // self.layout.slots_per_row,
-            num_host_rows=host_rows,
-            eviction=eviction,
-        )
-        self.pool.install()
-        self.page_size = page_size
-        self.view = ActivationView(
-            self.layout,
-            self.pool.host.data,
-            self.k,
-            self.v,
-            torch.from_numpy(self.pool.gens),
-            torch.from_numpy(self.pool.device.cells),
-        )
-        self.stamp = 0.0
-
-    def serve(self, count: int) -> torch.Tensor | None:
-        """Serving takes `count` slots (whole pages) and writes keys and values there: their number as the value."""
-        slots = self.allocator.alloc(count * self.page_size)
-        if slots is not None:
-            for buffer in (*self.k, *self.v):
-                buffer[slots] = slots.to(buffer.dtype).view(-1, 1, 1)
-        return slots
-
-    def record(self, slots: torch.Tensor) -> dict[int, float]:
-        """Prefill of tokens in `slots`: what each slot's row holds, for those that got one."""
-        rows = self.pool.record(slots, torch.arange(slots.numel()))
-        held = {}
-        for row, slot in zip(rows, slots.tolist(), strict=False):
-            self.stamp += 1
-            held[slot] = self.stamp
-            for layer in range(2):
-                for field, (_, width) in self.layout.fields.items():
-                    if field not in ("keys", "values"):
-                        value = torch.full((1, width), self.stamp + layer / 2)
-                        self.pool.write(layer, field, np.array([row]), value)
-        self.pool.complete(rows)
-        return held
-
-    def read(self, found: Recorded) -> list[tuple[float, float]]:
-        """(stamp, slot of the keys) of every recorded token; every cell of every field must agree."""
-        where = found.rows >= 0
-        rows, slots = found.rows[where], found.slots[where]
-        seen, pairs = [], []
-        for layer in range(2):
-            for field, (_, width) in self.layout.fields.items():
-                if field in ("keys", "values"):
-                    continue
-                out = torch.full((rows.numel(), width), float("nan"))
-                self.view.fetch(layer, field, rows, out)
-                seen += (out - layer / 2).unbind(1)
-            keys = torch.empty(rows.numel(), *self.k[0].shape[1:])
-            values = torch.empty_like(keys)
-            self.view.fetch_kv(layer, rows, slots, keys, values)
-            pairs.append((keys, values))
-        self.view.check(rows, found.gens[where])
-        assert all(torch.equal(a, b) for a, b in pairs)
-        assert all(torch.equal(s, seen[0]) for s in seen)
-        return list(zip(seen[0].tolist(), keys[:, 0, 0].tolist(), strict=True))
-
-
-def as_recorded(out) -> Recorded:
-    return Recorded(
-        torch.from_numpy(out.rows),
-        torch.from_numpy(out.slots),
-        torch.from_numpy(out.gens),
-        (torch.from_numpy(out.hedge_rows), torch.from_numpy(out.hedge_gens)),
-    )
+from alchemist.protocol.rows import ROW, RowEvent, RowState
+from alchemist.trainer.rows import Recorded, RowsRevoked
 
 
 class PoolMachine(RuleBasedStateMachine):
