@@ -64,6 +64,7 @@ class Engine:
         self._tickets: dict[tuple[bytes, int], list[tuple[Ids, Ids]]] = {}
         self._opted_out: set[str] = set()
         """Requests in flight that asked not to be recorded."""
+        self._was_prefill = False
         self._rows_per_portion = 1
         self._appraised = 0.0
 
@@ -204,6 +205,7 @@ class Engine:
         if self.recorder is None:
             return False
         if batch.forward_mode.is_extend():
+            self._was_prefill = True
             which = self._wanted(batch)
             if which is not None and not which.numel():
                 return False
@@ -306,8 +308,9 @@ class Engine:
         if requests:
             self.lease.set_engine_busy(True)
             self._opted_out.update(r.rid for r in requests if _is_opted_out(r))
-        if self.recorder is not None:
-            self.recorder.flush_some()
+        if self._was_prefill and self.recorder is not None:
+            self._was_prefill = False
+            self.recorder.flush()
         if self._scheduler is None:
             self._open_desk(scheduler)
         self.serve_desk()

@@ -2,7 +2,8 @@
 
 Per decoder layer five tensors pass by that the backward pass needs (see `protocol.layout`). Where SGLang's fused
 kernels write into their inputs each is copied at once. Its native operations never do: there the tensors are kept, and
-copied by `flush` when nobody waits, or when they have become many, so that no token of a request waits for them.
+copied by `flush` when the batch's tokens have been sent, so that no first token waits for it; those of decode steps
+together, when the request has ended.
 Modules have no hooks in a batch that is not recorded.
 A token that cannot be recorded is simply computed again by the trainer; nothing here can fail a request.
 """
@@ -105,15 +106,9 @@ class Recorder:
         else:
             self._pool.write(layer, field, batch.rows, value[batch.tokens])
 
-    def flush_some(self) -> None:
-        """Once a loop of the scheduler: copy what was kept if it is half of what may be, so that the next prefill does
-        not have to.
-        """
-        if self._num_kept_bytes > DEFER_BYTES // 2:
-            self.flush()
-
     def flush(self) -> None:
-        """Copy what was kept. To be called before rows are read or copied to the host.
+        """Copy what was kept. To be called before rows are read or copied to the host, and after each prefill: memory
+        that is kept for longer is not there for the next one, which then waits for fresh pages.
 
         Rows may have ended since, and their slots may be serving's again: those are not touched.
         """
