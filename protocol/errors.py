@@ -3,7 +3,8 @@
 ProtocolError
 ├── LocalProtocolError    we broke a rule: a bug here
 ├── PeerProtocolError     a peer sent what no peer should send
-└── PeerGoneError         a peer has ended; a state to handle, not a bug
+├── PeerGoneError         a peer has ended; a state to handle, not a bug
+└── SharingError          memory cannot be shared as things are set up; the message says what to change
 """
 
 from __future__ import annotations
@@ -22,4 +23,8 @@ class PeerProtocolError(ProtocolError, ValueError):
 
 
 class PeerGoneError(ProtocolError, ConnectionError):
+    pass
+
+
+class SharingError(ProtocolError, RuntimeError):
     pass

@@ -14,10 +14,11 @@ import os
 import msgspec
 import psutil
 
+from alchemist.protocol.cuda import CudaHandle
 from alchemist.protocol.errors import PeerGoneError
 
 
-class SegmentHandle(msgspec.Struct, frozen=True, kw_only=True):
+class SegmentHandle(msgspec.Struct, frozen=True, kw_only=True, tag="memfd"):
     """What a peer needs to attach: small, serialisable, valid while the owner lives."""
 
     pid: int
@@ -29,12 +30,14 @@ class SegmentHandle(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class TensorHandle(msgspec.Struct, frozen=True, kw_only=True):
-    """A contiguous tensor at `offset` bytes of a segment."""
+    """A tensor at `offset` bytes of a segment of host memory, or of a device allocation."""
 
-    segment: SegmentHandle
+    segment: SegmentHandle | CudaHandle
     offset: int
     shape: list[int]
     dtype: str
+    stride: list[int] | None = None
+    """In elements; None: contiguous."""
 
 
 class Segment:
