@@ -246,12 +246,17 @@ class Lease:
 class Gate:
     """Called by the trainer at every layer boundary: returns at once while it may run, else acknowledges and sleeps."""
 
-    def __init__(self, lease: Lease, alive: Callable[[], bool]) -> None:
+    def __init__(
+        self, lease: Lease, alive: Callable[[], bool], drain: Callable[[], None] | None = None
+    ) -> None:
         """Args:
         alive: whether the server still lives; when not, the process ends.
+        drain: waits until the device has done what is enqueued; the lease is not given up before. None: there is
+            nothing to wait for.
         """
         self._lease = lease
         self._alive = alive
+        self._drain = drain
         self._allowance = Allowance()
         self.state = LEASE.initial
         self.waited_s = 0.0
@@ -295,6 +300,11 @@ class Gate:
         if not self._allowance.is_spent(share):
             return True
         self._advance(LeaseEvent.SPENT)
+        if self._drain is not None:
+            self._drain()
+            drained_ns = time.monotonic_ns() - now
+            beyond_s += self._allowance.ran(drained_ns / 1e9, share)
+            lease.note_metered(drained_ns)
         if is_running:
             lease.acknowledge(round(beyond_s * 1e9))
         return False

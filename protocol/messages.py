@@ -43,6 +43,10 @@ class SharedRows(msgspec.Struct, kw_only=True, frozen=True):
     """[device rows + host rows] int64: raised whenever a row's content stops being what it was."""
     cells: TensorHandle
     """[device rows, slots_per_row] int64: KV slots of each row on the device."""
+    counts: TensorHandle | None = None
+    """[2] int64: how many ends of rows have begun, and how many of them show in `gens` (see `server.arrivals`).
+    None: all.
+    """
 
 
 class SharedMemory(msgspec.Struct, kw_only=True, frozen=True):

@@ -1,4 +1,4 @@
-"""Tensors that several processes share: the only file of this package that imports torch.
+"""Tensors that several processes share.
 
 A tensor never travels in a message, its handle does. The producer keeps the memory; a consumer's tensor is a view
 of the same physical pages. On the host a segment is a memfd (`shm.py`), on a GPU an allocation (`cuda.py`); a handle

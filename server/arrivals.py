@@ -22,15 +22,16 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
+from alchemist.protocol.streams import Moment, copied
+
 
 class _Entry(NamedTuple):
-    is_here: Any
-    """A CUDA event."""
+    is_here: Moment
     values: tuple[torch.Tensor, ...]
     call: Callable[..., None]
 
@@ -38,12 +39,15 @@ class _Entry(NamedTuple):
 class Arrivals:
     """One device's, on one thread."""
 
-    def __init__(self, device: torch.device, counts: np.ndarray | None = None) -> None:
+    def __init__(
+        self, device: torch.device, counts: np.ndarray, *, is_deferred: bool | None = None
+    ) -> None:
         """Args:
         counts: [2] int64, shared.
+        is_deferred: whether nothing is done before `settle`; None: on a GPU.
         """
-        self._is_cuda = device.type == "cuda"
-        self._counts = np.zeros(2, np.int64) if counts is None else counts
+        self.is_deferred = device.type == "cuda" if is_deferred is None else is_deferred
+        self._device, self._counts = device, counts
         self._entries: deque[_Entry] = deque()
         self._held: list[tuple[tuple[torch.Tensor, ...], Callable[..., None]]] = []
 
@@ -54,19 +58,20 @@ class Arrivals:
         """Call `call(*tensors)`, with the tensors on the CPU, once their values are there, and after every earlier
         `then`. On the CPU: now.
         """
-        if not self._is_cuda:
+        if not self.is_deferred:
             call(*tensors)
             return
+        assert not self._held, "an arrival between hold and go"
         self._counts[0] += 1
-        self._append(tuple(_to_pinned(t) for t in tensors), call)
+        self._append(tuple(copied(t) for t in tensors), call)
 
     def hold(self, tensors: Sequence[torch.Tensor], call: Callable[..., None]) -> None:
         """The same, but what is enqueued on the device until `go` must be complete, too."""
-        if not self._is_cuda:
+        if not self.is_deferred:
             call(*tensors)
             return
         self._counts[0] += 1
-        self._held.append((tuple(_to_pinned(t) for t in tensors), call))
+        self._held.append((tuple(copied(t) for t in tensors), call))
 
     def go(self) -> None:
         """What was held waits for no more than is enqueued on the current stream by now."""
@@ -79,32 +84,14 @@ class Arrivals:
         while self._entries:
             entry = self._entries[0]
             if wait:
-                entry.is_here.synchronize()
-            elif not entry.is_here.query():
+                entry.is_here.wait()
+            elif not entry.is_here.has_come():
                 return
             self._entries.popleft()
-            entry.call(*entry.values)
-            self._counts[1] += 1
+            try:
+                entry.call(*entry.values)
+            finally:
+                self._counts[1] += 1
 
     def _append(self, values: tuple[torch.Tensor, ...], call: Callable[..., None]) -> None:
-        is_here = torch.cuda.Event()
-        is_here.record()
-        self._entries.append(_Entry(is_here, values, call))
-
-
-def _to_pinned(tensor: torch.Tensor) -> torch.Tensor:
-    if not tensor.is_cuda:
-        return tensor
-    out = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-    out.copy_(tensor, non_blocking=True)
-    # It may be freed, on the stream it was made on, before the copy has run.
-    tensor.record_stream(torch.cuda.current_stream(tensor.device))
-    return out
-
-
-def to_device(ids: np.ndarray, device: torch.device) -> torch.Tensor:
-    """Numbers for the device, without waiting for it."""
-    tensor = torch.from_numpy(np.ascontiguousarray(ids))
-    if device.type == "cpu":
-        return tensor
-    return tensor.pin_memory().to(device, non_blocking=True)
+        self._entries.append(_Entry(Moment(self._device), values, call))

@@ -11,7 +11,8 @@ import os
 import time
 import zlib
 from array import array
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import psutil
@@ -23,12 +24,16 @@ from alchemist.protocol.errors import ProtocolError
 from alchemist.protocol.layout import RowLayout
 from alchemist.protocol.lease import Lease
 from alchemist.protocol.shm import TensorHandle
-from alchemist.protocol.tensors import Arena, dtype_name
+from alchemist.protocol.streams import copied
+from alchemist.protocol.tensors import Arena, DeviceExport, dtype_name, share
 from alchemist.server.config import auto_host_bytes
 from alchemist.server.lender import Lender
 from alchemist.server.pool import ActivationPool, CheckedOut, Ids
 from alchemist.server.recorder import Recorder
 from alchemist.server.run import OPT_OUT, Run
+
+if TYPE_CHECKING:
+    from alchemist.server.gpu_recorder import GpuRecorder
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +41,10 @@ _HEALTH_CHECK = "HEALTH_CHECK"
 
 PORTION_BYTES = 1 << 20
 """Copied to the host at a time: a fraction of a millisecond, which is how long a new request may wait for it."""
+GPU_PORTION_BYTES = 64 << 20
+"""The same over a link of some 50 GB/s: about a millisecond."""
+HEDGE_S = 0.05
+"""How often such a portion is enqueued while requests run, at most: it takes the scheduler about a millisecond."""
 APPRAISE_S = 1.0
 """How often the rows' values are brought up to date, at most."""
 
@@ -56,46 +65,34 @@ class Engine:
         self._control.connect(run.control_address)
         self._desk: zmq.Socket[bytes] | None = None
         self._scheduler: Any = None
-        self._kv_handles: tuple[list[TensorHandle], list[TensorHandle]] | None = None
-        self._weights: Arena | None = None
+        self._kv: Arena | DeviceExport | None = None
+        self._weights: Arena | DeviceExport | None = None
         self.pool: ActivationPool | None = None
-        self.recorder: Recorder | None = None
+        self.recorder: Recorder | GpuRecorder | None = None
         self._logprobs: dict[str, list[tuple[int, torch.Tensor, int]]] = {}
         self._tickets: dict[tuple[bytes, int], list[tuple[Ids, Ids]]] = {}
         self._opted_out: set[str] = set()
         """Requests in flight that asked not to be recorded."""
         self._was_prefill = False
         self._rows_per_portion = 1
-        self._appraised = 0.0
+        self._appraised = self._hedged = 0.0
 
     # Memory
 
     def share_kv(self, kv_pool: Any) -> None:
-        """Put the KV pool's buffers into shared memory, before anything takes their addresses."""
-        if (
-            self.config.no_train
-            or kv_pool.k_buffer is None
-            or kv_pool.k_buffer[0].device.type != "cpu"
-        ):
+        """Make the KV pool's buffers ones that others can map, before anything takes their addresses."""
+        if self.config.no_train or kv_pool.k_buffer is None or kv_pool.k_buffer[0].dim() != 3:
             return
-        specs: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
-        for layer in range(kv_pool.layer_num):
-            specs[f"k{layer}"] = (
-                tuple(kv_pool.k_buffer[layer].shape),
-                kv_pool.k_buffer[layer].dtype,
-            )
-            specs[f"v{layer}"] = (
-                tuple(kv_pool.v_buffer[layer].shape),
-                kv_pool.v_buffer[layer].dtype,
-            )
+        buffers = {
+            f"{name}{layer}": buffer
+            for name in ("k", "v")
+            for layer, buffer in enumerate(getattr(kv_pool, f"{name}_buffer"))
+        }
         # SGLang zeroes its own buffers, so their pages are there; an untouched one would cost a prefill a page fault.
-        self._kv = Arena("kv", specs, populate=True)
-        kv_pool.k_buffer = [self._kv.tensors[f"k{layer}"] for layer in range(kv_pool.layer_num)]
-        kv_pool.v_buffer = [self._kv.tensors[f"v{layer}"] for layer in range(kv_pool.layer_num)]
-        self._kv_handles = (
-            [self._kv.handles[f"k{layer}"] for layer in range(kv_pool.layer_num)],
-            [self._kv.handles[f"v{layer}"] for layer in range(kv_pool.layer_num)],
-        )
+        self._kv = share("kv", buffers, are_zero=True)
+        layers = range(kv_pool.layer_num)
+        kv_pool.k_buffer = [self._kv.tensors[f"k{layer}"] for layer in layers]
+        kv_pool.v_buffer = [self._kv.tensors[f"v{layer}"] for layer in layers]
 
     def attach(self, runner: Any, hooks: list[str], missing: list[str]) -> None:
         """The model and its pools exist: share the weights, make the activation pool, say hello."""
@@ -111,38 +108,36 @@ class Engine:
 
     def _share(self, runner: Any) -> messages.SharedMemory:
         """What the trainer maps: weights, KV pool, recorded rows."""
-        if self._kv_handles is None:
+        if self._kv is None:
             raise RuntimeError(
                 f"the KV pool {type(runner.token_to_kv_pool).__name__} on {runner.device} is not shared: "
-                "Alchemist trains on CPU with a plain multi-head KV pool; "
+                "Alchemist trains with a plain multi-head KV pool, one [slots, heads, head size] a layer; "
                 "start with --no-train to serve without learning"
             )
         layout = layout_of(runner)
-        self._share_weights(runner.model)
+        weights = self._share_weights(runner.model)
         if self.config.record != "none":
             self._make_pool(runner, layout)
         rows = None
         if self.pool is not None:
-            host, gens, cells = self.pool.handles
-            rows = messages.SharedRows(host=host, gens=gens, cells=cells)
-        assert self._weights is not None
-        k, v = self._kv_handles
-        return messages.SharedMemory(
-            layout=layout, weights=self._weights.handles, k=k, v=v, rows=rows
+            host, gens, cells, counts = self.pool.handles
+            rows = messages.SharedRows(host=host, gens=gens, cells=cells, counts=counts)
+        k, v = (
+            [self._kv.handles[f"{name}{layer}"] for layer in range(layout.num_layers)]
+            for name in ("k", "v")
         )
+        return messages.SharedMemory(layout=layout, weights=weights, k=k, v=v, rows=rows)
 
-    def _share_weights(self, model: torch.nn.Module) -> None:
-        """Move every parameter into shared memory; the module keeps using the moved one, so there is one copy."""
+    def _share_weights(self, model: torch.nn.Module) -> dict[str, TensorHandle]:
+        """Share every parameter; the module goes on with what is shared, so there is one copy."""
         parameters = {
             name.replace(".base_layer.", "."): parameter
             for name, parameter in model.named_parameters()
         }
-        specs = {name: (tuple(p.shape), p.dtype) for name, p in parameters.items()}
-        self._weights = Arena("weights", specs)
+        self._weights = share("weights", {name: p.data for name, p in parameters.items()})
         for name, parameter in parameters.items():
-            shared = self._weights.tensors[name]
-            shared.copy_(parameter.data)
-            parameter.data = shared
+            parameter.data = self._weights.tensors[name]
+        return self._weights.handles
 
     def _make_pool(self, runner: Any, layout: RowLayout) -> None:
         kv, config = runner.token_to_kv_pool, self.config
@@ -166,9 +161,10 @@ class Engine:
             num_host_rows=self._num_host_rows(layout, num_slots),
             eviction=config.activation_eviction,
         )
-        self.recorder = Recorder(runner.model, layout, self.pool)
+        self.recorder = self._make_recorder(runner, layout, self.pool)
         self.pool.install()
-        self._rows_per_portion = max(1, PORTION_BYTES // layout.row_bytes)
+        portion = GPU_PORTION_BYTES if kv.k_buffer[0].is_cuda else PORTION_BYTES
+        self._rows_per_portion = max(1, portion // layout.row_bytes)
         logger.info(
             "activation pool: up to %d rows, in %d free KV slots each, of %d; "
             "%d rows of %d bytes on the host (%.2f GiB)",
@@ -179,6 +175,18 @@ class Engine:
             layout.row_bytes,
             self.pool.num_host_rows * layout.row_bytes / 2**30,
         )
+
+    def _make_recorder(
+        self, runner: Any, layout: RowLayout, pool: ActivationPool
+    ) -> Recorder | GpuRecorder:
+        if not pool.arrivals.is_deferred:
+            return Recorder(runner.model, layout, pool)
+        # Not before: a machine without a GPU need not have Triton.
+        from alchemist.server.gpu_recorder import GpuRecorder
+
+        # One token a request; decode graphs are padded to no more than there can be requests.
+        most = runner.req_to_token_pool.size if self.config.record == "decode" else 0
+        return GpuRecorder(runner.model, layout, pool, max_decode_tokens=most)
 
     def _num_host_rows(self, layout: RowLayout, num_slots: int) -> int:
         available = psutil.virtual_memory().available
@@ -204,19 +212,20 @@ class Engine:
         """Whether this forward is being recorded."""
         if self.recorder is None:
             return False
-        if batch.forward_mode.is_extend():
+        self._settle()
+        is_decode = not batch.forward_mode.is_extend()
+        if is_decode:
+            if self.config.record != "decode" or not batch.forward_mode.is_decode():
+                return False
+            wanted = [self._is_wanted(rid) for rid in batch.rids]
+            which = None if all(wanted) else torch.nonzero(torch.tensor(wanted)).flatten()
+        else:
             self._was_prefill = True
             which = self._wanted(batch)
-            if which is not None and not which.numel():
-                return False
-            return self.recorder.begin(batch.out_cache_loc, batch.positions, which)
-        if self.config.record != "decode" or not batch.forward_mode.is_decode():
-            return False
-        wanted = [self._is_wanted(rid) for rid in batch.rids]
-        which = None if all(wanted) else torch.nonzero(torch.tensor(wanted)).flatten()
         if which is not None and not which.numel():
             return False
-        return self.recorder.begin(batch.out_cache_loc, batch.positions, which)
+        positions = positions_of(batch, is_decode)
+        return self.recorder.begin(batch.out_cache_loc, positions, which, is_decode=is_decode)
 
     def _wanted(self, batch: Any) -> torch.Tensor | None:
         """Which tokens of a prefill are to be recorded; None: all."""
@@ -252,7 +261,7 @@ class Engine:
         """
         if batch.rids is None:
             return
-        picked = raw.gather(1, token_ids.long().view(-1, 1)).view(-1)
+        picked = copied(raw.gather(1, token_ids.long().view(-1, 1)).view(-1))
         lengths = (batch.seq_lens if batch.seq_lens_cpu is None else batch.seq_lens_cpu).tolist()
         for i, (rid, length) in enumerate(zip(batch.rids, lengths, strict=False)):
             self._logprobs.setdefault(rid, []).append((length, picked, i))
@@ -265,6 +274,33 @@ class Engine:
             return
         prompt = list(req.origin_input_ids)
         output = list(req.output_ids_through_stop)
+        reason = req.finished_reason.to_json()["type"] if req.finished_reason else "abort"
+        report = partial(
+            self._report, req.rid, req.lora_id, req.extra_key, prompt, output, noted, reason
+        )
+        if self.pool is None:
+            report(None)
+            return
+        slots = torch.empty(0, dtype=torch.int64)
+        if req.req_pool_idx is not None:
+            slots = tree_cache.req_to_token_pool.req_to_token[req.req_pool_idx, : len(prompt)]
+        self.pool.arrivals.then((slots,), report)
+
+    def _report(
+        self,
+        rid: str,
+        lora_id: str | None,
+        extra_key: str | None,
+        prompt: list[int],
+        output: list[int],
+        noted: list[tuple[int, torch.Tensor, int]],
+        reason: str,
+        slots: torch.Tensor | None,
+    ) -> None:
+        """Args:
+        noted: (sequence length, logprobs of its batch, place among them) of what was sampled.
+        slots: of the prompt, on the CPU.
+        """
         logprobs = [float("nan")] * len(output)
         for length, values, i in noted:
             # A prefill chunk before the last samples a token nobody uses: its length is below the prompt's.
@@ -272,16 +308,14 @@ class Engine:
             if 0 <= index < len(output):
                 logprobs[index] = float(values[i])
         recorded = 0
-        if self.pool is not None and req.req_pool_idx is not None:
-            slots = tree_cache.req_to_token_pool.req_to_token[req.req_pool_idx, : len(prompt)]
-            recorded = self.pool.num_held(req.rid, slots.long(), len(prompt))
-        reason = req.finished_reason.to_json()["type"] if req.finished_reason else "abort"
+        if self.pool is not None and slots is not None and slots.numel():
+            recorded = self.pool.num_held(rid, slots.long(), len(prompt))
         self._control.send(
             messages.encode(
                 messages.Finished(
-                    rid=req.rid,
-                    lora_id=req.lora_id,
-                    extra_key=req.extra_key,
+                    rid=rid,
+                    lora_id=lora_id,
+                    extra_key=extra_key,
                     prompt_ids=messages.pack_ids(prompt),
                     output_ids=messages.pack_ids(output),
                     logprobs=messages.pack_floats(logprobs),
@@ -299,7 +333,12 @@ class Engine:
                 # The last token was sampled and never computed.
                 token_ids += list(req.output_ids_through_stop)[:-1]
             slots = match_slots(tree_cache, token_ids, req.extra_key)
-            self.pool.finish(req.rid, slots, len(token_ids), time.monotonic())
+            rid, length, now = req.rid, len(token_ids), time.monotonic()
+            self.pool.arrivals.then((slots,), partial(self._release, rid, length, now))
+
+    def _release(self, rid: str, length: int, now: float, slots: torch.Tensor) -> None:
+        assert self.pool is not None
+        self.pool.finish(rid, slots, length, now)
 
     # The scheduler's loop
 
@@ -313,6 +352,8 @@ class Engine:
             self.recorder.flush()
         if self._scheduler is None:
             self._open_desk(scheduler)
+        self._settle()
+        self._hedge_beside()
         self.serve_desk()
 
     def on_idle(self, scheduler: Any) -> None:
@@ -322,6 +363,8 @@ class Engine:
             # What was sampled past the end of an aborted request belongs to nobody.
             self._logprobs.clear()
             self._keep_house(scheduler)
+        # It may sleep for long, and somebody may wait for what has not been settled.
+        self._settle(wait=True)
 
     def _keep_house(self, scheduler: Any) -> None:
         """What the pool has to do when nobody waits: appraise, and copy to the host, a portion at a time."""
@@ -337,6 +380,24 @@ class Engine:
             # A scheduler that does not sleep comes back by itself.
             if sleeper is None or not self.lease.is_granted or sleeper.poller.poll(0):
                 return
+
+    def _hedge_beside(self) -> None:
+        """On a GPU rows are copied to the host while requests run, too: the link is free, and the stream another one.
+        Seldom, because enqueuing it is the scheduler's time.
+        """
+        now = time.monotonic()
+        if self.pool is None or not self.pool.copies_aside or now - self._hedged < HEDGE_S:
+            return
+        self._hedged = now
+        self.pool.hedge(self._rows_per_portion)
+
+    def _settle(self, *, wait: bool = False) -> None:
+        """Do what waits for the device; trouble with it is not a request's."""
+        if self.pool is not None:
+            try:
+                self.pool.settle(wait=wait)
+            except Exception:
+                logger.exception("activation pool: something that waited for the GPU has failed")
 
     # The row desk: the trainer asks which rows hold a completion's tokens
 
@@ -363,7 +424,7 @@ class Engine:
                 logger.exception("row desk: a message was refused")
                 continue
             if isinstance(message, messages.CheckOut):
-                self._desk.send_multipart([peer, messages.encode(self._check_out(peer, message))])
+                self._check_out(peer, message)
             elif isinstance(message, messages.AskRows):
                 stats = self.pool.stats() if self.pool is not None else {}
                 answer = messages.RowStats(ticket=message.ticket, stats=msgspec.json.encode(stats))
@@ -377,24 +438,32 @@ class Engine:
                 for rid in message.consumed:
                     self.pool.consumed(rid)
 
-    def _check_out(self, peer: bytes, message: messages.CheckOut) -> messages.CheckedOut:
+    def _check_out(self, peer: bytes, message: messages.CheckOut) -> None:
         # A new trainer has a new identity: what a dead one held is given back here.
         for other in [key for key in self._tickets if key[0] != peer]:
             self._check_in(other)
-        if self.recorder is not None:
-            self.recorder.flush()
-        places: list[messages.Places | None] = []
+        if self.pool is None or self.recorder is None:
+            self._answer(peer, message)
+            return
+        self.recorder.flush()
+        slots = [
+            match_slots(self._scheduler.tree_cache, messages.unpack_ids(p.token_ids), p.extra_key)
+            for p in message.prompts
+        ]
+        self.pool.arrivals.then(slots, partial(self._answer, peer, message))
+
+    def _answer(self, peer: bytes, message: messages.CheckOut, *slots: torch.Tensor) -> None:
+        """Tell the trainer where prompts are recorded; `slots` of each, on the CPU, unless nothing is recorded."""
+        assert self._desk is not None
+        places: list[messages.Places | None] = [None] * len(message.prompts)
         held = self._tickets.setdefault((peer, message.ticket), [])
-        for prompt in message.prompts:
-            if self.pool is None:
-                places.append(None)
-                continue
-            token_ids = messages.unpack_ids(prompt.token_ids)
-            slots = match_slots(self._scheduler.tree_cache, token_ids, prompt.extra_key)
-            found = self.pool.check_out(prompt.rid, slots, len(token_ids))
+        for i, (prompt, own) in enumerate(zip(message.prompts, slots, strict=False)):
+            assert self.pool is not None
+            found = self.pool.check_out(prompt.rid, own, len(prompt.token_ids) // 4)
             held.append(found.ticket)
-            places.append(_places(found) if (found.rows >= 0).any() else None)
-        return messages.CheckedOut(ticket=message.ticket, places=places)
+            places[i] = _places(found) if (found.rows >= 0).any() else None
+        answer = messages.CheckedOut(ticket=message.ticket, places=places)
+        self._desk.send_multipart([peer, messages.encode(answer)])
 
     def _check_in(self, key: tuple[bytes, int]) -> None:
         assert self.pool is not None
@@ -428,6 +497,18 @@ def layout_of(runner: Any) -> RowLayout:
         cell=keys[0].numel() * keys.element_size() // runner.dtype.itemsize,
         page_size=runner.token_to_kv_pool_allocator.page_size,
     )
+
+
+def positions_of(batch: Any, is_decode: bool) -> torch.Tensor:
+    """Of a pass's tokens in their sequences, [tokens] int64 on the CPU, without waiting for a device."""
+    if not batch.positions.is_cuda:
+        positions: torch.Tensor = batch.positions
+        return positions
+    if is_decode:
+        lengths: torch.Tensor = batch.seq_lens_cpu
+        return lengths.long() - 1
+    spans = zip(batch.extend_prefix_lens_cpu, batch.extend_seq_lens_cpu, strict=True)
+    return torch.cat([torch.arange(first, first + count) for first, count in spans])
 
 
 def match_slots(tree: Any, token_ids: list[int], extra_key: str | None) -> torch.Tensor:

@@ -3,6 +3,8 @@
 SGLang's allocator keeps a list of free pages. `borrow` takes pages from its end; `available_size` goes on counting
 them, so admission, eviction and the leak check see what they would see without a loan. When an allocation needs more
 pages than the list holds, pages come back from the pool first: bookkeeping only, never a copy.
+On a GPU the list is the device's: which pages have been borrowed is known a moment later (see `arrivals.py`), and
+until then they can be given back unseen.
 
 Everything is done on the allocator's instance, because subclasses override these methods freely.
 """
@@ -12,10 +14,14 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
+
+from alchemist.protocol.streams import to_device
+from alchemist.server.arrivals import Arrivals
 
 MIN_RECLAIM_SLOTS = 1024
 """Taken back at a time, if that ends no row without a copy: a decode step needs one slot, the next one another."""
@@ -40,9 +46,13 @@ class Lender:
         """Slots taken back since the start."""
         self.reclaims: deque[tuple[int, float]] = deque(maxlen=NUM_TIMES)
         self._give_back: Callable[[int, int], np.ndarray] = lambda need, more: np.empty(0, np.int64)
+        self._underway: dict[int, torch.Tensor] = {}
+        """Loans whose pages are not known yet, by number."""
+        self._num_loans = 0
 
     def install(
         self,
+        arrivals: Arrivals,
         give_back: Callable[[int, int], np.ndarray],
         on_free: Callable[[torch.Tensor], None],
         on_clear: Callable[[], None],
@@ -50,13 +60,14 @@ class Lender:
         """Wrap the allocator's methods.
 
         Args:
+            arrivals: brings what is on the device.
             give_back: called with how many slots are needed and how many would be welcome; returns borrowed ones,
                 in whole pages: as many as are needed, or all. May not wait.
             on_free: called with slots before they are freed.
             on_clear: called before all slots are freed, lent ones too.
         """
         allocator = self._allocator
-        self._give_back = give_back
+        self._arrivals, self._give_back = arrivals, give_back
         free, free_segment, clear = allocator.free, allocator.free_segment, allocator.clear
         available_size = allocator.available_size
         alloc, alloc_extend, alloc_decode = (
@@ -110,6 +121,7 @@ class Lender:
 
         def followed_clear() -> None:
             on_clear()
+            self._underway.clear()
             self.num_lent = 0
             clear()
 
@@ -121,26 +133,56 @@ class Lender:
         allocator.free_segment = followed_free_segment
         allocator.clear = followed_clear
 
-    def borrow(self, num_slots: int) -> np.ndarray:
-        """Up to `num_slots` free slots, in whole pages, ascending: int64, perhaps none. Slot 0 is never among them."""
+    @property
+    def num_underway(self) -> int:
+        """Pages that were borrowed and are not known yet."""
+        return sum(len(pages) for pages in self._underway.values())
+
+    @property
+    def num_lendable(self) -> int:
+        """Pages that could be borrowed now."""
         allocator = self._allocator
-        free = len(allocator.free_pages) - allocator.size // self.page_size // KEPT_FREE
-        count = min(num_slots // self.page_size, free)
+        kept = allocator.size // self.page_size // KEPT_FREE
+        return max(0, len(allocator.free_pages) - kept)
+
+    @property
+    def has_plenty(self) -> bool:
+        """Whether more could be borrowed than serving takes back at a time."""
+        enough = min(2 * MIN_RECLAIM_SLOTS, self._allocator.size // 16)
+        return self.num_lendable * self.page_size > enough
+
+    def borrow(self, num_slots: int, found: Callable[[np.ndarray], None]) -> None:
+        """Take up to `num_slots` free slots, in whole pages, and call `found` with them once they are known: ascending,
+        int64. Slot 0 is never among them. When there are none, or they are taken back before, it is not called.
+        """
+        allocator = self._allocator
+        count = min(num_slots // self.page_size, self.num_lendable)
         if count <= 0:
-            return np.empty(0, np.int64)
-        pages = np.sort(allocator.free_pages[-count:].numpy())
+            return
+        pages = allocator.free_pages[-count:]
         allocator.free_pages = allocator.free_pages[:-count]
         self.num_lent += count
-        slots: np.ndarray = pages[:, None] * self.page_size + np.arange(self.page_size)
-        return slots.reshape(-1)
+        number = self._num_loans = self._num_loans + 1
+        self._underway[number] = pages
+        self._arrivals.then((pages,), partial(self._arrived, number, found))
+
+    def _arrived(
+        self, number: int, found: Callable[[np.ndarray], None], pages: torch.Tensor
+    ) -> None:
+        if self._underway.pop(number, None) is None:
+            return
+        slots = np.sort(pages.numpy())[:, None] * self.page_size + np.arange(self.page_size)
+        found(slots.reshape(-1))
 
     def give(self, slots: np.ndarray) -> None:
         """Slots come back, in whole pages."""
-        pages = torch.from_numpy(slots[:: self.page_size] // self.page_size)
+        free_pages = self._allocator.free_pages
+        pages = to_device(slots[:: self.page_size] // self.page_size, free_pages.device)
+        self._return(pages.to(free_pages.dtype))
+
+    def _return(self, pages: torch.Tensor) -> None:
         allocator = self._allocator
-        allocator.free_pages = torch.cat(
-            (allocator.free_pages, pages.to(allocator.free_pages.dtype))
-        )
+        allocator.free_pages = torch.cat((allocator.free_pages, pages))
         self.num_lent -= pages.numel()
 
     def _cover(self, num_pages: int) -> None:
@@ -150,7 +192,13 @@ class Lender:
         if short <= 0 or not self.num_lent:
             return
         started = time.perf_counter()
-        slots = self._give_back(short * self.page_size, MIN_RECLAIM_SLOTS)
-        self.give(slots)
+        while self._underway and short > 0:
+            _, pages = self._underway.popitem()
+            self._return(pages)
+            short -= len(pages)
+        slots = np.empty(0, np.int64)
+        if short > 0:
+            slots = self._give_back(short * self.page_size, MIN_RECLAIM_SLOTS)
+            self.give(slots)
         self.num_reclaimed += slots.size
         self.reclaims.append((int(slots.size), time.perf_counter() - started))

@@ -16,6 +16,8 @@ import psutil
 import torch
 
 from alchemist.protocol import objectives
+from alchemist.protocol.cuda import require_shareable_allocator
+from alchemist.protocol.errors import SharingError
 from alchemist.protocol.lease import Lease
 from alchemist.protocol.models import UnsupportedModelError, require_supported
 from alchemist.server import config as configuration
@@ -216,11 +218,37 @@ def _check(config: Config, server_args: Any) -> None:
         )
     _check_model(config, server_args.model_path)
     _check_port(server_args.host, server_args.port)
-    if not config.no_train and server_args.device != "cpu":
+    if not config.no_train:
+        _check_device(config, server_args)
+
+
+def _check_device(config: Config, server_args: Any) -> None:
+    """What a GPU's memory must be to be shared, and SGLang's passes to be recorded."""
+    if server_args.device not in ("cpu", "cuda"):
         raise LaunchError(
-            f"training on --device {server_args.device} is not supported yet; "
-            "add --no-train to serve without learning"
+            f"--device is {server_args.device}; allowed: cpu, cuda (or any with --no-train)"
         )
+    if server_args.device == "cpu":
+        return
+    try:
+        require_shareable_allocator()
+    except SharingError as error:
+        raise LaunchError(f"{error} (or add --no-train)") from None
+    refused = {
+        "--enable-memory-saver is set": server_args.enable_memory_saver,
+        "SGLANG_ENABLE_POST_CAPTURE_KV_SIZING is set": server_args.post_capture_kv_sizing_planned(),
+    }
+    if config.record != "none":
+        prefill = server_args.cuda_graph_config.prefill.backend
+        refused |= {
+            f"the prefill CUDA graph's backend is {prefill}": prefill != "disabled",
+            "--enable-torch-compile is set": server_args.enable_torch_compile,
+            "--enable-two-batch-overlap is set": server_args.enable_two_batch_overlap,
+            "--speculative-algorithm is set": server_args.speculative_algorithm is not None,
+        }
+    for what, is_refused in refused.items():
+        if is_refused:
+            raise LaunchError(f"{what}; allowed: not with training on what was served (--no-train)")
 
 
 def _check_model_path(argv: list[str]) -> None:

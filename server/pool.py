@@ -18,13 +18,16 @@ the host.
 stops being what it was, before anything new is written there: a reader in another process compares it after reading,
 and so never uses a torn row.
 
-One thread, the scheduler's, calls everything here. Bookkeeping is numpy's: a few microseconds a call.
+One thread, the scheduler's, calls everything here. Bookkeeping is numpy's: a few microseconds a call. On a GPU the
+slots of tokens are known a moment later than their rows (`arrivals.py`): what depends on them is done by `settle`, in
+the order in which it was asked for.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -35,9 +38,14 @@ from alchemist.protocol.rows import ROW, RowEvent, RowState
 from alchemist.protocol.shm import TensorHandle
 from alchemist.protocol.tensors import Arena
 from alchemist.server.answers import Answers
+from alchemist.server.arrivals import Arrivals
+from alchemist.server.gpu_tier import MAX_COPIES, GpuTier
 from alchemist.server.ids import Ids, IdStack
 from alchemist.server.lender import Lender
 from alchemist.server.tiers import DeviceTier, HostTier
+
+STOCK = 16384
+"""Rows with borrowed slots to be kept in hand on a GPU, where borrowing takes a moment: a large prefill's."""
 
 _ON_DEVICE = np.array([s in (RowState.DEVICE, RowState.HEDGED) for s in RowState])
 _ON_HOST = np.array([s in (RowState.HEDGED, RowState.HOSTED, RowState.DETACHED) for s in RowState])
@@ -80,11 +88,13 @@ class ActivationPool:
         num_device_rows: int,
         num_host_rows: int,
         eviction: str = "value",
+        is_deferred: bool | None = None,
     ) -> None:
         """Args:
         k, v: the KV pool's buffers, per layer [num_slots, n_kv, d], dummy slot and page padding included.
         num_device_rows: rows that may be in borrowed slots at a time.
         eviction: which rows go first: `value` (see `appraisal.py`) or `lru`.
+        is_deferred: whether what depends on values of the device is done by `settle`; None: on a GPU.
         """
         self.layout, self._lender = layout, lender
         self.num_device_rows, self.num_host_rows = num_device_rows, num_host_rows
@@ -93,11 +103,17 @@ class ActivationPool:
         specs = {
             "gens": ((num_records,), torch.int64),
             "cells": ((num_device_rows, layout.slots_per_row), torch.int64),
+            "counts": ((2,), torch.int64),
         }
         self._tables = Arena("row-tables", specs, populate=True)
         self.gens = self._tables.tensors["gens"].numpy()
-        self.device = DeviceTier(layout, k, v, self._tables.tensors["cells"], lender)
+        counts = self._tables.tensors["counts"].numpy()
+        self.arrivals = Arrivals(k[0].device, counts, is_deferred=is_deferred)
+        tier = GpuTier if self.arrivals.is_deferred else DeviceTier
+        self.device: DeviceTier = tier(layout, k, v, self._tables.tensors["cells"], lender)
         self.host = HostTier(layout, num_host_rows)
+        if k[0].is_cuda:
+            self.host.pin()
         # By record.
         self.state = np.zeros(num_records, np.int8)
         self._gen, self._refs = np.zeros((2, num_records), np.int64)
@@ -121,15 +137,52 @@ class ActivationPool:
         self.num_dropped = 0
         """Rows that ended without a copy because their slots were wanted."""
         self.num_hedged = 0
+        self._num_copying = 0
+        """Host rows that a copy is on its way to."""
 
     @property
-    def handles(self) -> tuple[list[TensorHandle], TensorHandle, TensorHandle]:
-        """Handles of the host rows, one tensor a layer, of `gens` and of the device rows' cells."""
-        return self.host.handles, self._tables.handles["gens"], self._tables.handles["cells"]
+    def handles(self) -> tuple[list[TensorHandle], TensorHandle, TensorHandle, TensorHandle]:
+        """Handles of the host rows, one tensor a layer, of `gens`, of the device rows' cells, and of the counts of
+        `arrivals.py`.
+        """
+        tables = self._tables.handles
+        return self.host.handles, tables["gens"], tables["cells"], tables["counts"]
 
     def install(self) -> None:
         """Begin to borrow."""
-        self._lender.install(self.give_back, self.free_slots, self.clear)
+        self._lender.install(self.arrivals, self.give_back, self.free_slots, self.clear)
+        self._restock()
+
+    # On a GPU
+
+    def settle(self, *, wait: bool = False) -> None:
+        """Do what waits for the device, as far as it has come; with `wait`, all of it. To be called once a loop."""
+        if isinstance(self.device, GpuTier):
+            self._restock()
+            self.device.finish_copies()
+            while wait and self.device.num_copies:
+                self.device.finish_copies(wait=True)
+            self.arrivals.settle(wait=wait)
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether nothing waits for the device."""
+        is_copying = isinstance(self.device, GpuTier) and self.device.num_copies > 0
+        return not len(self.arrivals) and not is_copying
+
+    @property
+    def copies_aside(self) -> bool:
+        """Whether `hedge` would only enqueue a copy now, beside serving's work: not on the CPU, nor while one runs."""
+        return isinstance(self.device, GpuTier) and not self.device.num_copies
+
+    def _restock(self) -> None:
+        """Have rows in hand that can be recorded into. Not as soon as one is gone, nor while serving is about to want
+        what is lent: it would be handed to and fro.
+        """
+        if isinstance(self.device, GpuTier):
+            stock = min(STOCK, self.num_device_rows)
+            if len(self.device.spare) <= stock // 2 and self._lender.has_plenty:
+                self.device.borrow(stock)
 
     # Recording
 
@@ -137,25 +190,27 @@ class ActivationPool:
         """Begin rows for tokens; what the slots had ends.
 
         Args:
-            slots: [n] int64, distinct, without the dummy slot 0.
-            positions: [n] of the tokens in their sequences.
+            slots: [n] int64, distinct, without the dummy slot 0; on the KV pool's device.
+            positions: [n] of the tokens in their sequences; on the CPU.
 
         Returns:
-            [m] rows of the first m ≤ n tokens: as many as there is room for, first on the device, then on the host.
+            [m] rows of the first m ≤ n tokens: as many as there is room for, first on the device, then on the host. A
+            GPU cannot write on the host in the middle of a pass: there, only those on the device.
         """
         self.free_slots(slots)
         self._tick += 1
         cost = 1 + positions.numpy() / self._half_flops
         is_lru = self._eviction == "lru"
         value = np.full_like(cost, self._tick) if is_lru else cost * self._prior
-        count = self._provide(slots.numel())
-        total = count + self._provide_host(slots.numel() - count, float(value.min(initial=np.inf)))
+        total = count = self._provide(slots.numel())
+        if not self.arrivals.is_deferred:
+            least = float(value.min(initial=np.inf))
+            total += self._provide_host(slots.numel() - count, least)
         self.num_lost += slots.numel() - total
-        own, records = slots[:total].numpy(), self._free_records.pop(total)
+        records = self._free_records.pop(total)
         rows: Ids = np.concatenate(
             (self.device.take(count), np.sort(self._free_host.pop(total - count)))
         )
-        self.record_of_slot[own], self._slot[records] = records, own
         self._cost[records], self._value[records] = cost[:total], value[:total]
         mine, theirs = records[:count], records[count:]
         self._record_of_device[rows[:count]], self._device[mine] = mine, rows[:count]
@@ -163,9 +218,20 @@ class ActivationPool:
         rows[count:] += self.num_device_rows
         self._change(mine, RowEvent.RECORD)
         self._change(theirs, RowEvent.RECORD_HOST)
-        if self.num_host_rows and count:
-            self._to_hedge.append((mine, self._gen[mine]))
+        bind = partial(self._bind, records, self._gen[records], count)
+        self.arrivals.hold((slots[:total],), bind)
         return rows
+
+    def _bind(self, records: Ids, gens: Ids, count: int, slots: torch.Tensor) -> None:
+        """The slots of tokens whose rows were begun, the first `count` of them on the device. On a GPU what the rows
+        hold is complete now, and some may have ended since.
+        """
+        own = slots.numpy()
+        alive = self._gen[records] == gens
+        self.record_of_slot[own[alive]], self._slot[records[alive]] = records[alive], own[alive]
+        mine = records[:count][alive[:count]]
+        if self.num_host_rows and mine.size:
+            self._to_hedge.append((mine, self._gen[mine]))
 
     def write(self, layer: int, field: str, rows: Ids, value: torch.Tensor) -> None:
         """Store a field [n, width] of `rows` [n], those on the device before those on the host."""
@@ -180,6 +246,7 @@ class ActivationPool:
         hosted = rows[rows >= self.num_device_rows] - self.num_device_rows
         if hosted.size:
             self.device.copy_kv_to(self.host, self._slot[self._record_of_host[hosted]], hosted)
+        self.arrivals.go()
 
     def still(self, rows: Ids, gens: Ids) -> np.ndarray:
         """Which rows are still what they were when their generations were `gens`: bool [n]."""
@@ -187,7 +254,10 @@ class ActivationPool:
         return same
 
     def free_slots(self, slots: torch.Tensor) -> None:
-        """The KV slots are freed, or written anew. Slots without a row are fine."""
+        """The KV slots, on the KV pool's device, are freed, or written anew. Slots without a row are fine."""
+        self.arrivals.then((slots,), self._end_slots)
+
+    def _end_slots(self, slots: torch.Tensor) -> None:
         index = slots.numpy()
         page = self._lender.page_size
         if page > 1:
@@ -205,9 +275,10 @@ class ActivationPool:
 
     def clear(self) -> None:
         """The KV pool is flushed and every loan with it: rows live on on the host only, where they are wanted."""
+        self.settle(wait=True)
         held = self._slot[self._slot >= 0]
         if held.size:
-            self.free_slots(torch.from_numpy(held))
+            self._end_slots(torch.from_numpy(held))
         self.device.give_back(self.num_device_rows)
 
     # Lending
@@ -225,7 +296,10 @@ class ActivationPool:
 
     def _provide(self, count: int) -> int:
         """Have spare rows for `count` tokens; for how many there are."""
-        self.device.borrow(count)
+        if self.arrivals.is_deferred:
+            self._restock()
+        else:
+            self.device.borrow(count)
         if count > len(self.device.spare):
             # A few more than asked for, so that the search is not repeated for every request.
             missing = max(count - len(self.device.spare), self.num_device_rows // 16)
@@ -286,6 +360,9 @@ class ActivationPool:
 
     def hedge(self, max_rows: int) -> int:
         """Copy up to `max_rows` rows, with keys and values, to the host; how many. Recorded values must be in place."""
+        if isinstance(self.device, GpuTier) and self.device.num_copies >= MAX_COPIES:
+            self.device.finish_copies(wait=True)
+            self.arrivals.settle()
         while self._to_hedge:
             records, gens = self._to_hedge.popleft()
             if records.size > max_rows:
@@ -301,14 +378,30 @@ class ActivationPool:
             if not records.size:
                 continue
             to = np.sort(self._free_host.pop(records.size))
-            self.device.copy_to(self.host, self._device[records], self._slot[records], to)
-            self._host[records], self._record_of_host[to] = to, records
-            self._change(records, RowEvent.HEDGE)
-            self.num_hedged += records.size
-            if not self._to_hedge:
-                self._line_up()
+            self._num_copying += to.size
+            hedged = partial(self._hedged, records, self._gen[records], to)
+            # Slots that were freed before the copy was complete have to be known before it counts as one.
+            self.device.copy_to(
+                self.host,
+                self._device[records],
+                self._slot[records],
+                to,
+                partial(self.arrivals.then, (), hedged),
+            )
             return int(records.size)
         return 0
+
+    def _hedged(self, records: Ids, gens: Ids, to: Ids) -> None:
+        """Copies of rows are complete in the host rows `to`; rows may have ended meanwhile."""
+        self._num_copying -= to.size
+        alive = self._gen[records] == gens
+        self._free_host.push(to[~alive])
+        records, to = records[alive], to[alive]
+        self._host[records], self._record_of_host[to] = to, records
+        self._change(records, RowEvent.HEDGE)
+        self.num_hedged += records.size
+        if not self._to_hedge:
+            self._line_up()
 
     def _make_room(self, count: int, value: float) -> None:
         """Take up to `count` rows worth less than `value` from the host; none that the trainer is reading."""
@@ -480,6 +573,7 @@ class ActivationPool:
         (rows,) = np.nonzero(self._record_of_host >= 0)
         assert (self._host[self._record_of_host[rows]] == rows).all(), "host row ↔ record"
         host = self._host[_ON_HOST[self.state]]
+        assert self._num_copying == 0, "host rows between two owners"
         assert sorted([*host, *self._free_host.all()]) == list(range(self.num_host_rows)), "host"
         (slots,) = np.nonzero(self.record_of_slot >= 0)
         assert (self._slot[self.record_of_slot[slots]] == slots).all(), "slot ↔ record"

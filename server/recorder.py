@@ -39,7 +39,7 @@ class Recorder:
         model: SGLang's causal LM; LoRA wrappers, if any, already in place.
         """
         self._pool = pool
-        self._taps: list[_Tap] = []
+        self._taps = taps_of(model, layout, lambda layer: partial(self._write, layer))
         self._batch = _Batch(np.arange(0), np.arange(0), slice(0), False, [])
         """The one that is being computed."""
         self.num_recorded = 0
@@ -47,25 +47,20 @@ class Recorder:
         self._token_bytes = layout.row_bytes
         self._kept: list[_Batch] = []
         self._num_kept_bytes = 0
-        q = layout.num_heads * layout.head_dim
-        k = layout.num_kv_heads * layout.head_dim if layout.has_qk_norm else 0
-        for index, layer in enumerate(model.model.layers):
-            write, attention = partial(self._write, index), layer.self_attn
-            self._taps += [
-                _Tap(layer.input_layernorm._forward_hooks, _residual(write, "x")),
-                _Tap(layer.post_attention_layernorm._forward_hooks, _residual(write, "mid")),
-                _Tap(attention.qkv_proj._forward_hooks, _qkv(write, q, k)),
-                _Tap(attention.o_proj._forward_pre_hooks, _input(write, "attn")),
-                _Tap(layer.mlp.gate_up_proj._forward_hooks, _output(write, "gate_up")),
-            ]
 
     def begin(
-        self, slots: torch.Tensor, positions: torch.Tensor, which: torch.Tensor | None = None
+        self,
+        slots: torch.Tensor,
+        positions: torch.Tensor,
+        which: torch.Tensor | None = None,
+        *,
+        is_decode: bool = False,
     ) -> bool:
         """A forward starts; its token i is at `positions[i]` and writes K/V slot `slots[i]`. Whether any is recorded.
 
         Args:
             which: int64, ascending: the tokens to be recorded; None: all.
+            is_decode: nothing follows from it here.
         """
         if which is not None:
             slots, positions = slots[which], positions[which]
@@ -152,13 +147,37 @@ class _Batch(NamedTuple):
     """((layer, field), [tokens of the pass, width])."""
 
 
-class _Tap(NamedTuple):
+class Tap(NamedTuple):
     """A hook that is in its module's table only while a batch is recorded: torch calls a module with hooks by a slower
     way, and a small model's decode step has some twenty of them.
     """
 
     hooks: dict[int, _Hook]
     hook: _Hook
+
+
+def taps_of(
+    model: torch.nn.Module, layout: RowLayout, write_of: Callable[[int], _Write]
+) -> list[Tap]:
+    """Hooks that pass each layer's activations on, in the order in which they come: x, q, k, attn, mid, gate_up.
+
+    Args:
+        model: SGLang's causal LM; LoRA wrappers, if any, already in place.
+        write_of: of a layer's number: what is called with each of its fields' names and tensors [tokens, width].
+    """
+    taps: list[Tap] = []
+    q = layout.num_heads * layout.head_dim
+    k = layout.num_kv_heads * layout.head_dim if layout.has_qk_norm else 0
+    for index, layer in enumerate(model.model.layers):
+        write, attention = write_of(index), layer.self_attn
+        taps += [
+            Tap(layer.input_layernorm._forward_hooks, _residual(write, "x")),
+            Tap(layer.post_attention_layernorm._forward_hooks, _residual(write, "mid")),
+            Tap(attention.qkv_proj._forward_hooks, _qkv(write, q, k)),
+            Tap(attention.o_proj._forward_pre_hooks, _input(write, "attn")),
+            Tap(layer.mlp.gate_up_proj._forward_hooks, _output(write, "gate_up")),
+        ]
+    return taps
 
 
 def _is_functional(layer: torch.nn.Module) -> bool:

@@ -6,7 +6,7 @@ Here is where tensors are; what a row is, and how long, `pool.py` decides. A lay
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -48,12 +48,15 @@ class DeviceTier:
         self._parts = {name: layout.parts(name) for name in layout.fields if name not in _KV}
 
     def borrow(self, count: int) -> None:
-        """Have `count` spare rows, as far as slots can be borrowed."""
+        """Have `count` spare rows, as far as slots can be borrowed; on a GPU they come a moment later."""
         size = self.layout.slots_per_row
-        missing = min(count - len(self.spare), len(self._without_slots))
-        if missing <= 0:
-            return
-        slots = self._lender.borrow(missing * size)
+        underway = self._lender.num_underway * self._lender.page_size // size
+        missing = min(count - len(self.spare), len(self._without_slots)) - underway
+        if missing > 0:
+            self._lender.borrow(missing * size, self._borrowed)
+
+    def _borrowed(self, slots: Ids) -> None:
+        size = self.layout.slots_per_row
         found = slots.size // size
         if slots.size > found * size:
             self._lender.give(slots[found * size :])
@@ -119,24 +122,36 @@ class DeviceTier:
             host.write(layer, "keys", host_rows, key_cells[own])
             host.write(layer, "values", host_rows, value_cells[own])
 
-    def copy_to(self, host: HostTier, rows: Ids, slots: Ids, host_rows: Ids) -> None:
-        """Copy rows, and keys and values of their tokens' `slots`, to the host: every layer."""
-        cell, half = self.layout.cell, self.layout.slots_per_row
-        keys, end = self.layout.fields["keys"][0], self.layout.width
+    def copy_to(
+        self, host: HostTier, rows: Ids, slots: Ids, host_rows: Ids, done: Callable[[], None]
+    ) -> None:
+        """Copy rows, and keys and values of their tokens' `slots`, to the host: every layer. Then call `done`."""
         cells = torch.from_numpy(self.cells[rows].reshape(-1))
         own, to = torch.from_numpy(slots), torch.from_numpy(host_rows)
         is_run = bool((np.diff(host_rows) == 1).all())
-        for layer, (key_cells, value_cells) in enumerate(self._planes):
+        for layer in range(len(self._planes)):
             target = host.data[layer]
             block = target[int(to[0]) : int(to[0]) + len(to)] if is_run else None
-            out = block if block is not None else torch.empty(len(to), end, dtype=target.dtype)
-            low = min(half * cell, keys)
-            out[:, :low] = key_cells[cells].view(len(to), -1)[:, :low]
-            out[:, low:keys] = value_cells[cells].view(len(to), -1)[:, : keys - low]
-            out[:, keys : keys + cell] = key_cells[own]
-            out[:, keys + cell :] = value_cells[own]
+            out = (
+                block
+                if block is not None
+                else torch.empty(len(to), self.layout.width, dtype=target.dtype)
+            )
+            self._gather(layer, cells, own, out)
             if block is None:
                 target.index_copy_(0, to, out)
+        done()
+
+    def _gather(self, layer: int, cells: Tensor, own: Tensor, out: Tensor) -> None:
+        """Rows as they lie on the host, from their cells and their tokens' own slots, into `out` [n, layout.width]."""
+        key_cells, value_cells = self._planes[layer]
+        cell, half = self.layout.cell, self.layout.slots_per_row
+        keys, n = self.layout.fields["keys"][0], len(own)
+        low = min(half * cell, keys)
+        out[:, :low] = key_cells[cells].view(n, -1)[:, :low]
+        out[:, low:keys] = value_cells[cells].view(n, -1)[:, : keys - low]
+        out[:, keys : keys + cell] = key_cells[own]
+        out[:, keys + cell :] = value_cells[own]
 
 
 class HostTier:
@@ -160,6 +175,10 @@ class HostTier:
             target[int(rows[0]) : int(rows[0]) + len(rows)].copy_(value)
         else:
             target.index_copy_(0, torch.from_numpy(rows), value)
+
+    def pin(self) -> None:
+        """Lock the rows' pages, so that a GPU copies to them beside everything else."""
+        self._arena.pin()
 
     @property
     def handles(self) -> list[TensorHandle]:

@@ -40,7 +40,14 @@ class World:
     """A pool over real KV buffers and a real allocator, and serving's use of them."""
 
     def __init__(
-        self, page_size=1, *, host_rows=4, eviction="value", fraction=1.0, kv_dtype=torch.float32
+        self,
+        page_size=1,
+        *,
+        host_rows=4,
+        eviction="value",
+        fraction=1.0,
+        kv_dtype=torch.float32,
+        is_deferred=None,
     ):
         per_cell = {torch.float32: 1, torch.float16: 2}[kv_dtype]
         self.layout = layout(page_size)
@@ -60,8 +67,10 @@ class World:
             num_device_rows=int(SIZE * fraction) // self.layout.slots_per_row,
             num_host_rows=host_rows,
             eviction=eviction,
+            is_deferred=is_deferred,
         )
         self.pool.install()
+        self.pool.settle()
         self.page_size = page_size
         self.view = ActivationView(
             self.layout,
@@ -112,6 +121,8 @@ class World:
             values = torch.empty_like(keys)
             self.view.fetch_kv(layer, rows, slots, keys, values)
             pairs.append((keys, values))
+        # What a reader waits for where ends of rows are settled later.
+        self.pool.settle(wait=True)
         self.view.check(rows, found.gens[where])
         assert all(torch.equal(a, b) for a, b in pairs)
         assert all(torch.equal(s, seen[0]) for s in seen)

@@ -9,6 +9,7 @@ import signal
 import sys
 
 _PR_SET_PDEATHSIG = 1
+_BELOW_NORMAL = "1"
 
 
 def _stand_back(lease_policy: str) -> None:
@@ -46,6 +47,8 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     _stand_back(lease_policy)
+    # Under NVIDIA's Multi-Process Service serving's kernels go first; without one it means nothing.
+    os.environ.setdefault("CUDA_MPS_CLIENT_PRIORITY", _BELOW_NORMAL)
     # It takes seconds to import, in which the server may die.
     from alchemist.trainer.worker import run
 

@@ -102,6 +102,7 @@ class Optimizer:
             master = self._masters.get(name)
             if master is None or (value.dim() and value.shape != master.shape):
                 raise ValueError(f"{path}: {full_name} fits no adapter weight")
-            state.setdefault(master, {})[field] = value
+            # The count of steps stays on the CPU, where the optimizer reads it.
+            state.setdefault(master, {})[field] = value.to(master.device) if value.dim() else value
         for master, fields in state.items():
             self._optim.state[master] = fields

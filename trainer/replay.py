@@ -15,6 +15,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,27 +53,45 @@ class ForwardState:
 
 
 class Phases:
-    """Seconds by phase. A phase inside another is taken out of it."""
+    """Seconds by phase. A phase inside another is taken out of it. On a GPU a phase is as long as the device took for
+    it, and nothing waits for the device before `seconds` is read.
+    """
 
     def __init__(self, device: torch.device) -> None:
-        self.seconds: dict[str, float] = defaultdict(float)
         self._cuda = device.type == "cuda"
-        self._inner = 0.0
+        self._seconds: dict[str, float] = defaultdict(float)
+        self._open: list[str] = []
+        self._done: list[tuple[str, str | None, Any, Any]] = []
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        outer, self._inner, start = self._inner, 0.0, self._now()
+        outer = self._open[-1] if self._open else None
+        self._open.append(name)
+        start = self._now()
         try:
             yield
         finally:
-            elapsed = self._now() - start
-            self.seconds[name] += elapsed - self._inner
-            self._inner = outer + elapsed
+            self._open.pop()
+            self._done.append((name, outer, start, self._now()))
 
-    def _now(self) -> float:
-        if self._cuda:
+    @property
+    def seconds(self) -> dict[str, float]:
+        if self._cuda and self._done:
             torch.cuda.synchronize()
-        return time.perf_counter()
+        for name, outer, start, end in self._done:
+            elapsed = start.elapsed_time(end) / 1e3 if self._cuda else end - start
+            self._seconds[name] += elapsed
+            if outer is not None:
+                self._seconds[outer] -= elapsed
+        self._done.clear()
+        return self._seconds
+
+    def _now(self) -> Any:
+        if not self._cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
 
 
 class Replay:
@@ -120,7 +139,9 @@ class Replay:
                 # Released before the next layer computes its own.
                 del mid, down, values
             hidden = self._head_hidden(batch, out, adapter)
-            return self._log_probabilities(batch, hidden, kept, gradient)
+            state = self._log_probabilities(batch, hidden, kept, gradient)
+        self._confirm(batch)
+        return state
 
     def backward(
         self,
@@ -144,6 +165,8 @@ class Replay:
         tables = shape.cos_sin(batch.positions[: batch.num_differentiated], self._w.dtype)
         for index in range(num_layers - 1, -1, -1):
             self._gate()
+            if batch.num_recorded and self._view is not None:
+                self._view.prefetch(index, batch.rows)
             layer_plan = batch.last_backward_plan() if index == num_layers - 1 else plan
             leaves = {
                 name: tensor.detach().requires_grad_()
@@ -158,6 +181,7 @@ class Replay:
             for name, grad in zip(leaves, found, strict=True):
                 if grad is not None:
                     grads[name].add_(grad)
+        self._confirm(batch)
 
     def _layer_backward(
         self,
@@ -231,8 +255,9 @@ class Replay:
             hidden[batch.missing_head_ranks] = out
         if batch.recorded_heads.numel():
             layer = self._shape.num_layers - 1
-            mid = self._fetch(layer, "mid", batch.rows[batch.recorded_heads])
-            gate_up = self._fetch(layer, "gate_up", batch.rows[batch.recorded_heads])
+            rows = batch.rows[batch.recorded_heads]
+            mid = self._fetch(layer, "mid", rows)
+            gate_up = self._fetch(layer, "gate_up", rows)
             self._check(batch)
             lora = LayerLora.of(adapter, layer, self._shape)
             hidden[batch.recorded_head_ranks] = mlp_output(
@@ -313,14 +338,16 @@ class Replay:
                 out[n:] = getattr(own, field)
             return out
 
+        if queries is not None:
+            is_loss = batch.recorded_head_ranks < batch.num_loss_heads
+            loss_ranks = batch.recorded_head_ranks[is_loss]
+            loss_rows = batch.rows[batch.recorded_heads[is_loss]]
+
         def of_queries(field: str) -> Tensor:
             if queries is None:
                 return whole(field)
             out = like.new_empty(queries.shape[0], view.layout.fields[field][1])
-            taken = batch.recorded_heads
-            is_loss = batch.recorded_head_ranks < batch.num_loss_heads
-            ranks = batch.recorded_head_ranks[is_loss]
-            out[ranks] = self._fetch(layer, field, batch.rows[taken[is_loss]])
+            out[loss_ranks] = self._fetch(layer, field, loss_rows)
             if own is not None:
                 ranks = batch.missing_head_ranks
                 out[ranks[ranks < batch.num_loss_heads]] = getattr(own, field)
@@ -351,6 +378,11 @@ class Replay:
     def _check(self, batch: TokenBatch) -> None:
         assert self._view is not None
         self._view.check(batch.rows, batch.gens)
+
+    def _confirm(self, batch: TokenBatch) -> None:
+        """Everything that was read was what it should be: to be known before anything is made of it."""
+        if batch.num_recorded and self._view is not None:
+            self._view.confirm()
 
 
 def _keep(values: LayerValues, n: int, last_of: TokenBatch | None) -> LayerValues:

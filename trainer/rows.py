@@ -163,6 +163,14 @@ class ActivationView:
         if bool(stale.any()):
             raise RowsRevoked(rows[stale].tolist())
 
+    def confirm(self) -> None:
+        """Raises RowsRevoked if any of the rows that were checked since the last time had been taken away before they
+        were read. Here `check` has said so.
+        """
+
+    def prefetch(self, layer: int, rows: Tensor) -> None:
+        """`rows` of a layer, and then of those below it, will be fetched soon."""
+
     def _locate(self, rows: Tensor) -> _Places:
         # A batch asks for the same rows, field by field and layer by layer.
         if self._last is not None and self._last[0] is rows:

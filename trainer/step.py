@@ -128,6 +128,7 @@ class ReplayEngine:
         self.view.fetch(0, "x", rows, found)
         try:
             self.view.check(rows, recorded.gens[where])
+            self.view.confirm()
         except RowsRevoked:
             return None
         (bad,) = torch.nonzero((found != expected).any(dim=-1), as_tuple=True)

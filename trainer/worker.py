@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
+import torch
 import zmq
 from transformers import AutoConfig
 
@@ -24,6 +25,7 @@ from alchemist.protocol.manifest import Manifest
 from alchemist.protocol.states import TrainerEvent
 from alchemist.protocol.tensors import Importer
 from alchemist.trainer.families import ModelShape
+from alchemist.trainer.launches import Launches
 from alchemist.trainer.lora import LoraAdapter, LoraConfig
 from alchemist.trainer.optimizer import Optimizer, OptimizerConfig
 from alchemist.trainer.rowdesk import RowDesk
@@ -75,28 +77,30 @@ class Worker:
         config = AutoConfig.from_pretrained(welcome.model_path, trust_remote_code=False)
         self.shape = ModelShape.from_config(config)
         self._max_tokens: int = config.max_position_embeddings
-        importer = Importer()
-        tensors = {name: importer.open(handle) for name, handle in memory.weights.items()}
+        self._importer = Importer()
+        tensors = {name: self._importer.open(handle) for name, handle in memory.weights.items()}
         self.shared_bytes = sum(t.numel() * t.element_size() for t in tensors.values())
+        weights = BaseWeights(tensors, self.shape)
+        self.dtype, self.device = weights.dtype, weights.device
         self.lease = Lease.attach(welcome.lease)
-        self.gate = Gate(self.lease, alive=lambda: os.getppid() == server_pid)
+        launches = Launches(self.device) if self.device.type == "cuda" else None
+        self.gate = Gate(
+            self.lease,
+            alive=lambda: os.getppid() == server_pid,
+            drain=launches.drain if launches else None,
+        )
         view = None
         self.desk: RowDesk | None = None
         if memory.rows is not None and welcome.rows_address is not None:
-            view = ActivationView(
-                memory.layout,
-                [importer.open(handle) for handle in memory.rows.host],
-                [importer.open(handle) for handle in memory.k],
-                [importer.open(handle) for handle in memory.v],
-                importer.open(memory.rows.gens),
-                importer.open(memory.rows.cells),
-            )
+            view = self._make_view(memory, memory.rows)
             self.desk = RowDesk(context, welcome.rows_address)
-        weights = BaseWeights(tensors, self.shape)
         self.engine = ReplayEngine(
-            weights, self.shape, view=view, gate=self.gate, max_tokens=settings.train_max_tokens
+            weights,
+            self.shape,
+            view=view,
+            gate=launches.bounded(self.gate) if launches else self.gate,
+            max_tokens=settings.train_max_tokens,
         )
-        self.dtype = weights.dtype
         self.objective = Objective(
             name=settings.objective,
             loss_type=settings.loss_type,  # type: ignore[arg-type]
@@ -114,6 +118,27 @@ class Worker:
         if not self.store.exists(0):
             self._make_v0()
         self.lease.advance(TrainerEvent.ATTACHED)
+
+    def _make_view(
+        self, memory: messages.SharedMemory, rows: messages.SharedRows
+    ) -> ActivationView:
+        """The recorded rows, mapped."""
+        opened = self._importer.open
+        host, k, v = ([opened(h) for h in handles] for handles in (rows.host, memory.k, memory.v))
+        gens, cells = opened(rows.gens), opened(rows.cells)
+        if self.device.type == "cpu" or rows.counts is None:
+            return ActivationView(memory.layout, host, k, v, gens, cells)
+        # Not before: a machine without a GPU need not have Triton.
+        from alchemist.trainer.gpu_rows import GpuView
+
+        for handle in rows.host[:1]:
+            # All layers are in one segment.
+            self._importer.pin(handle)
+        return GpuView(memory.layout, host, k, v, gens, cells, opened(rows.counts))
+
+    def close(self) -> None:
+        """Let go of the server's memory."""
+        self._importer.close()
 
     def _make_v0(self) -> None:
         """The base model as an adapter: A as PEFT initialises it, B zero. Every first step starts from it."""
@@ -233,7 +258,8 @@ class Worker:
         # Until the step's directory is on disk, memory and disk differ: after a failure they are read again.
         at, self._masters_of = self._masters_of, -1
         if at != version or self._masters is None or self._optimizer is None:
-            self._masters = self.store.load(version, self.shape)
+            masters = self.store.load(version, self.shape)
+            self._masters = masters.as_served(torch.float32, self.device)
             self._optimizer = self._make_optimizer(self._masters)
             self.store.load_optimizer(version, self._optimizer)
         return self._masters, self._optimizer
@@ -241,7 +267,9 @@ class Worker:
     def _as_served(self, version: int) -> LoraAdapter:
         """The adapter that answered for a version, in the serving dtype."""
         if version not in self._served:
-            self._served[version] = self.store.load(version, self.shape).as_served(self.dtype)
+            self._served[version] = self.store.load(version, self.shape).as_served(
+                self.dtype, self.device
+            )
         adapter = self._served.pop(version)
         self._served[version] = adapter
         while len(self._served) > self.settings.max_staleness + 2:
@@ -377,4 +405,6 @@ def run(address: str, server_pid: int) -> None:
             socket.send(messages.encode(ready))
         elif isinstance(message, messages.Train) and worker is not None:
             socket.send(messages.encode(worker.train(message)))
+    if worker is not None:
+        worker.close()
     context.destroy(linger=1000)

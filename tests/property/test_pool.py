@@ -1,5 +1,6 @@
 """The activation pool against a dict: slots → contents, over SGLang's own allocator, with readers that come and go,
-votes, a host tier, and serving that takes its slots back at any moment.
+votes, a host tier, and serving that takes its slots back at any moment. As on the CPU, and as on a GPU, where what
+depends on slots is done later.
 """
 
 import numpy as np
@@ -24,9 +25,16 @@ class PoolMachine(RuleBasedStateMachine):
         host_rows=st.sampled_from([0, 2, 6]),
         eviction=st.sampled_from(["value", "lru"]),
         fraction=st.sampled_from([0.5, 1.0]),
+        is_deferred=st.booleans(),
     )
-    def start(self, page_size, host_rows, eviction, fraction):
-        self.world = World(page_size, host_rows=host_rows, eviction=eviction, fraction=fraction)
+    def start(self, page_size, host_rows, eviction, fraction, is_deferred):
+        self.world = World(
+            page_size,
+            host_rows=host_rows,
+            eviction=eviction,
+            fraction=fraction,
+            is_deferred=is_deferred,
+        )
         self.pool, self.allocator = self.world.pool, self.world.allocator
         self.owned: list[torch.Tensor] = []
         self.content: dict[int, float] = {}
@@ -50,7 +58,10 @@ class PoolMachine(RuleBasedStateMachine):
             slots = data.draw(st.sampled_from(range(len(self.owned))))
             slots = self.owned[slots]
             rid = f"r{len(self.answers)}"
-            self.pool.finish(rid, slots, slots.numel() + 1, self.clock)
+            length, now = slots.numel() + 1, self.clock
+            self.pool.arrivals.then(
+                (slots,), lambda known: self.pool.finish(rid, known, length, now)
+            )
             self.answers[rid] = [(s, self.content.get(s, -1.0)) for s in slots.tolist()]
 
     @rule(data=st.data())
@@ -64,6 +75,10 @@ class PoolMachine(RuleBasedStateMachine):
     @rule(portion=st.integers(1, 5))
     def hedge(self, portion):
         self.pool.hedge(portion)
+
+    @rule(wait=st.booleans())
+    def settle(self, wait):
+        self.pool.settle(wait=wait)
 
     @rule(seconds=st.floats(0.1, 1e4))
     def time_passes(self, seconds):
@@ -89,6 +104,8 @@ class PoolMachine(RuleBasedStateMachine):
         alive = [s for s, stamp in known if self.content.get(s) == stamp and stamp >= 0]
         prefix = [s for s, _ in known[: len(alive)]]
         prefix = prefix if prefix == alive else []
+        # The row desk answers when everything before the question is settled.
+        self.pool.settle(wait=True)
         out = self.pool.check_out(rid, torch.tensor(prefix, dtype=torch.int64), len(known) + 1)
         stamps = [known[i][1] for i in np.flatnonzero(out.rows >= 0)]
         assert -1.0 not in stamps
@@ -126,7 +143,8 @@ class PoolMachine(RuleBasedStateMachine):
 
     @invariant()
     def tables_agree(self):
-        self.pool.check_integrity()
+        if self.pool.is_settled:
+            self.pool.check_integrity()
 
     @invariant()
     def serving_never_loses_a_slot(self):

@@ -1,0 +1,97 @@
+"""The device tier on a GPU, which has its own time: what is asked of it is done later, in the order of a stream.
+
+Rows are written by `gpu_recorder.py`, by their number: the table of their slots lies on the device, too. Copies to the
+host go on a stream of their own, beside serving's. They read rows that serving may take back at any moment; what was
+copied is a copy only if the row still is what it was when the stream is done.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import deque
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from alchemist.protocol.layout import RowLayout
+from alchemist.protocol.streams import Moment, to_device
+from alchemist.server.ids import Ids
+from alchemist.server.lender import Lender
+from alchemist.server.tiers import DeviceTier, HostTier
+
+MAX_COPIES = 2
+"""Portions on their way to the host. The link is busy with one while the next is prepared."""
+
+
+class GpuTier(DeviceTier):
+    """Attributes:
+    table: `cells` on the device.
+    """
+
+    def __init__(
+        self,
+        layout: RowLayout,
+        k: Sequence[Tensor],
+        v: Sequence[Tensor],
+        cells: Tensor,
+        lender: Lender,
+    ) -> None:
+        super().__init__(layout, k, v, cells, lender)
+        self._device = k[0].device
+        self.table = torch.zeros(cells.shape, dtype=torch.int64, device=self._device)
+        self._side = torch.cuda.Stream(self._device) if k[0].is_cuda else None
+        self._copies: deque[tuple[Moment, Callable[[], None]]] = deque()
+
+    def _borrowed(self, slots: Ids) -> None:
+        before = len(self.spare)
+        super()._borrowed(slots)
+        rows = self.spare.all()[before:]
+        if rows.size:
+            to = to_device(rows, self._device)
+            self.table.index_copy_(0, to, to_device(self.cells[rows], self._device))
+
+    def take(self, count: int) -> Ids:
+        """`count` spare rows."""
+        return self.spare.pop(count)
+
+    def plane(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of a layer as cells, [slots, cell] each."""
+        keys, values = self._planes[layer]
+        return keys, values
+
+    @property
+    def num_copies(self) -> int:
+        """Portions on their way to the host."""
+        return len(self._copies)
+
+    def copy_to(
+        self, host: HostTier, rows: Ids, slots: Ids, host_rows: Ids, done: Callable[[], None]
+    ) -> None:
+        """Begin to copy rows, and keys and values of their tokens' `slots`, to the host. `finish_copies` calls `done`
+        when they are there: whatever they have become meanwhile.
+        """
+        aside = torch.cuda.stream(self._side) if self._side else contextlib.nullcontext()
+        with aside:
+            cells = to_device(self.cells[rows].reshape(-1), self._device)
+            own = to_device(slots, self._device)
+            out = torch.empty(
+                len(rows), self.layout.width, dtype=host.data[0].dtype, device=self._device
+            )
+            breaks = np.flatnonzero(np.diff(host_rows) != 1) + 1
+            runs = list(zip([0, *breaks], [*breaks, len(host_rows)], strict=True))
+            for layer, target in enumerate(host.data):
+                self._gather(layer, cells, own, out)
+                for begin, end in runs:
+                    first = int(host_rows[begin])
+                    target[first : first + end - begin].copy_(out[begin:end], non_blocking=True)
+            self._copies.append((Moment(self._device), done))
+
+    def finish_copies(self, *, wait: bool = False) -> None:
+        """Call `done` of copies that are complete; with `wait`, wait for the oldest one."""
+        while self._copies and (wait or self._copies[0][0].has_come()):
+            moment, done = self._copies.popleft()
+            moment.wait()
+            wait = False
+            done()
