@@ -79,6 +79,7 @@ class DeviceExport:
         segments: dict[bytes, CudaHandle] = {}
         for key, tensor in self.tensors.items():
             with torch.cuda.device(tensor.device):
+                _make_current(tensor.device)
                 segment, offset = cuda.export(tensor.data_ptr(), device_uuid(tensor.device))
             self.handles[key] = TensorHandle(
                 # Tensors of one allocation have one handle.
@@ -167,8 +168,7 @@ class Importer:
         if found is None:
             device = device_of(segment.device)
             with torch.cuda.device(device):
-                # The driver's calls need the context that torch makes with its first work.
-                torch.cuda.current_stream().synchronize()
+                _make_current(device)
                 mapping = cuda.Mapping(segment)
                 found = mapping, torch.as_tensor(_Bytes(mapping), device=device)
             self._allocations[segment.handle] = found
@@ -186,6 +186,12 @@ class _Bytes:
             "strides": None,
             "version": 3,
         }
+
+
+def _make_current(device: torch.device) -> None:
+    """The driver's own calls work in this thread's CUDA context, which torch makes with its first work in it."""
+    torch.empty(1, device=device)
+    torch.cuda.synchronize(device)
 
 
 def device_uuid(device: torch.device) -> str:

@@ -47,7 +47,7 @@ class Arrivals:
         is_deferred: whether nothing is done before `settle`; None: on a GPU.
         """
         self.is_deferred = device.type == "cuda" if is_deferred is None else is_deferred
-        self._device, self._counts = device, counts
+        self._device, self.counts = device, counts
         self._entries: deque[_Entry] = deque()
         self._held: list[tuple[tuple[torch.Tensor, ...], Callable[..., None]]] = []
 
@@ -62,7 +62,7 @@ class Arrivals:
             call(*tensors)
             return
         assert not self._held, "an arrival between hold and go"
-        self._counts[0] += 1
+        self.counts[0] += 1
         self._append(tuple(copied(t) for t in tensors), call)
 
     def hold(self, tensors: Sequence[torch.Tensor], call: Callable[..., None]) -> None:
@@ -70,7 +70,7 @@ class Arrivals:
         if not self.is_deferred:
             call(*tensors)
             return
-        self._counts[0] += 1
+        self.counts[0] += 1
         self._held.append((tuple(copied(t) for t in tensors), call))
 
     def go(self) -> None:
@@ -91,7 +91,7 @@ class Arrivals:
             try:
                 entry.call(*entry.values)
             finally:
-                self._counts[1] += 1
+                self.counts[1] += 1
 
     def _append(self, values: tuple[torch.Tensor, ...], call: Callable[..., None]) -> None:
         self._entries.append(_Entry(Moment(self._device), values, call))

@@ -210,9 +210,9 @@ class Engine:
 
     def begin_forward(self, batch: Any) -> bool:
         """Whether this forward is being recorded."""
-        if self.recorder is None:
+        # SGLang's own warm-up has no requests.
+        if self.recorder is None or batch.rids is None:
             return False
-        self._settle()
         is_decode = not batch.forward_mode.is_extend()
         if is_decode:
             if self.config.record != "decode" or not batch.forward_mode.is_decode():

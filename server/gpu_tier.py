@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from alchemist.kernels.pack_rows import Field, pack_rows
 from alchemist.protocol.layout import RowLayout
 from alchemist.protocol.streams import Moment, to_device
 from alchemist.server.ids import Ids
@@ -55,6 +56,12 @@ class GpuTier(DeviceTier):
     def take(self, count: int) -> Ids:
         """`count` spare rows."""
         return self.spare.pop(count)
+
+    def write(self, layer: int, field: str, rows: Ids, value: Tensor) -> None:
+        """Store [n, field width] in `rows` [n]; enqueued on the current stream."""
+        start, _ = self.layout.fields[field]
+        fields = [Field(value, start // self.layout.cell)]
+        pack_rows(fields, to_device(rows, self._device), self.table, *self.plane(layer))
 
     def plane(self, layer: int) -> tuple[Tensor, Tensor]:
         """Keys and values of a layer as cells, [slots, cell] each."""

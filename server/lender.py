@@ -112,11 +112,15 @@ class Lender:
             return alloc_decode(seq_lens, *args, **kwargs)
 
         def followed_free(free_index: torch.Tensor) -> None:
-            on_free(free_index)
+            # What is collected in a group comes here again when the group ends, at once: on a GPU once is enough.
+            if allocator.is_not_in_free_group or not arrivals.is_deferred:
+                on_free(free_index)
             free(free_index)
 
         def followed_free_segment(free_index: torch.Tensor, *, start_pos: int) -> None:
-            on_free(free_index)
+            # With pages of one slot it calls the function above.
+            if page_size > 1 or not arrivals.is_deferred:
+                on_free(free_index)
             free_segment(free_index, start_pos=start_pos)
 
         def followed_clear() -> None:

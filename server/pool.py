@@ -197,7 +197,8 @@ class ActivationPool:
             [m] rows of the first m ≤ n tokens: as many as there is room for, first on the device, then on the host. A
             GPU cannot write on the host in the middle of a pass: there, only those on the device.
         """
-        self.free_slots(slots)
+        if not self.arrivals.is_deferred:
+            self._end(slots.numpy())
         self._tick += 1
         cost = 1 + positions.numpy() / self._half_flops
         is_lru = self._eviction == "lru"
@@ -219,14 +220,16 @@ class ActivationPool:
         self._change(mine, RowEvent.RECORD)
         self._change(theirs, RowEvent.RECORD_HOST)
         bind = partial(self._bind, records, self._gen[records], count)
-        self.arrivals.hold((slots[:total],), bind)
+        self.arrivals.hold((slots,), bind)
         return rows
 
     def _bind(self, records: Ids, gens: Ids, count: int, slots: torch.Tensor) -> None:
         """The slots of tokens whose rows were begun, the first `count` of them on the device. On a GPU what the rows
         hold is complete now, and some may have ended since.
         """
-        own = slots.numpy()
+        if self.arrivals.is_deferred:
+            self._end(slots.numpy())
+        own = slots.numpy()[: records.size]
         alive = self._gen[records] == gens
         self.record_of_slot[own[alive]], self._slot[records[alive]] = records[alive], own[alive]
         mine = records[:count][alive[:count]]
@@ -254,8 +257,9 @@ class ActivationPool:
         return same
 
     def free_slots(self, slots: torch.Tensor) -> None:
-        """The KV slots, on the KV pool's device, are freed, or written anew. Slots without a row are fine."""
-        self.arrivals.then((slots,), self._end_slots)
+        """The KV slots, on the KV pool's device, are freed, with all of their pages. Slots without a row are fine."""
+        if slots.numel():
+            self.arrivals.then((slots,), self._end_slots)
 
     def _end_slots(self, slots: torch.Tensor) -> None:
         index = slots.numpy()
@@ -263,7 +267,11 @@ class ActivationPool:
         if page > 1:
             pages = np.unique(index // page)
             index = (pages[:, None] * page + np.arange(page)).reshape(-1)
-        records = self.record_of_slot[index]
+        self._end(index)
+
+    def _end(self, slots: Ids) -> None:
+        """What the KV slots held is no more."""
+        records = self.record_of_slot[slots]
         records = records[records >= 0]
         if not records.size:
             return
@@ -296,9 +304,7 @@ class ActivationPool:
 
     def _provide(self, count: int) -> int:
         """Have spare rows for `count` tokens; for how many there are."""
-        if self.arrivals.is_deferred:
-            self._restock()
-        else:
+        if not self.arrivals.is_deferred:
             self.device.borrow(count)
         if count > len(self.device.spare):
             # A few more than asked for, so that the search is not repeated for every request.

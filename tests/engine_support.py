@@ -313,3 +313,20 @@ def relative_error(ours: dict[str, Tensor], naive: dict[str, Tensor]) -> float:
         expected = naive.get(name)
         worst = max(worst, float((grad - expected if expected is not None else grad).abs().max()))
     return worst / scale
+
+
+NUM_DEVICE, NUM_HOST = 4, 6
+"""Rows of `make_view`; row r is of generation 10 + r."""
+
+
+def make_view() -> tuple[Any, ...]:
+    """A view over random rows: itself, its layout, host rows, keys, values, generations, cells."""
+    shape = ModelShape.from_config(random_model("llama").config)
+    layout = shape.row_layout(torch.float32)
+    size = layout.slots_per_row
+    host = [torch.randn(NUM_HOST, layout.width) for _ in range(shape.num_layers)]
+    kv = (9 + NUM_DEVICE * size, layout.num_kv_heads, layout.head_dim)
+    k, v = ([torch.randn(kv) for _ in range(shape.num_layers)] for _ in range(2))
+    cells = 9 + torch.randperm(NUM_DEVICE * size).view(NUM_DEVICE, size)
+    gens = torch.arange(10, 10 + NUM_DEVICE + NUM_HOST)
+    return ActivationView(layout, host, k, v, gens, cells), layout, host, k, v, gens, cells

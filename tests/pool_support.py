@@ -1,5 +1,7 @@
 """A pool over real KV buffers and SGLang's own allocator, with serving's use of them beside it."""
 
+from types import SimpleNamespace
+
 import alchemist.server.cpu as cpu
 
 cpu.prepare()
@@ -14,6 +16,7 @@ from sglang.srt.mem_cache.allocator import (  # noqa: E402
 from alchemist.protocol.layout import RowLayout  # noqa: E402
 from alchemist.server.lender import Lender  # noqa: E402
 from alchemist.server.pool import ActivationPool  # noqa: E402
+from alchemist.trainer.gpu_rows import GpuView  # noqa: E402
 from alchemist.trainer.rows import ActivationView, Recorded  # noqa: E402
 
 SIZE = 48
@@ -48,14 +51,16 @@ class World:
         fraction=1.0,
         kv_dtype=torch.float32,
         is_deferred=None,
+        device="cpu",
     ):
         per_cell = {torch.float32: 1, torch.float16: 2}[kv_dtype]
         self.layout = layout(page_size)
         shape = (SIZE + page_size, 1, 2 * per_cell)
-        self.k = [torch.zeros(shape, dtype=kv_dtype) for _ in range(2)]
-        self.v = [torch.zeros(shape, dtype=kv_dtype) for _ in range(2)]
+        self.k, self.v = (
+            [torch.zeros(shape, dtype=kv_dtype, device=device) for _ in range(2)] for _ in range(2)
+        )
         kind = TokenToKVPoolAllocator if page_size == 1 else PagedTokenToKVPoolAllocator
-        arguments = {"dtype": kv_dtype, "device": "cpu", "kvcache": None, "need_sort": False}
+        arguments = {"dtype": kv_dtype, "device": device, "kvcache": None, "need_sort": False}
         if page_size > 1:
             arguments["page_size"] = page_size
         self.allocator = kind(SIZE, **arguments)
@@ -72,7 +77,7 @@ class World:
         self.pool.install()
         self.pool.settle()
         self.page_size = page_size
-        self.view = ActivationView(
+        shared = (
             self.layout,
             self.pool.host.data,
             self.k,
@@ -80,6 +85,11 @@ class World:
             torch.from_numpy(self.pool.gens),
             torch.from_numpy(self.pool.device.cells),
         )
+        if self.pool.arrivals.is_deferred:
+            self.view = GpuView(*shared, torch.from_numpy(self.pool.arrivals.counts))
+        else:
+            self.view = ActivationView(*shared)
+        self.device = torch.device(device)
         self.stamp = 0.0
 
     def serve(self, count: int) -> torch.Tensor | None:
@@ -100,7 +110,7 @@ class World:
             for layer in range(2):
                 for field, (_, width) in self.layout.fields.items():
                     if field not in ("keys", "values"):
-                        value = torch.full((1, width), self.stamp + layer / 2)
+                        value = torch.full((1, width), self.stamp + layer / 2).to(self.device)
                         self.pool.write(layer, field, np.array([row]), value)
         self.pool.complete(rows)
         return held
@@ -114,16 +124,19 @@ class World:
             for field, (_, width) in self.layout.fields.items():
                 if field in ("keys", "values"):
                     continue
-                out = torch.full((rows.numel(), width), float("nan"))
+                out = torch.full((rows.numel(), width), float("nan"), device=self.device)
                 self.view.fetch(layer, field, rows, out)
                 seen += (out - layer / 2).unbind(1)
-            keys = torch.empty(rows.numel(), *self.k[0].shape[1:])
+            keys = torch.empty(rows.numel(), *self.k[0].shape[1:], device=self.device)
             values = torch.empty_like(keys)
             self.view.fetch_kv(layer, rows, slots, keys, values)
             pairs.append((keys, values))
-        # What a reader waits for where ends of rows are settled later.
-        self.pool.settle(wait=True)
         self.view.check(rows, found.gens[where])
+        # What a reader waits for where ends of rows are settled later.
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        self.pool.settle(wait=True)
+        self.view.confirm()
         assert all(torch.equal(a, b) for a, b in pairs)
         assert all(torch.equal(s, seen[0]) for s in seen)
         return list(zip(seen[0].tolist(), keys[:, 0, 0].tolist(), strict=True))
@@ -136,3 +149,28 @@ def as_recorded(out) -> Recorded:
         torch.from_numpy(out.gens),
         (torch.from_numpy(out.hedge_rows), torch.from_numpy(out.hedge_gens)),
     )
+
+
+def _module():
+    def forward(*args):
+        return args
+
+    return SimpleNamespace(
+        _forward_hooks={}, _forward_pre_hooks={}, _forward_method=forward, forward_native=forward
+    )
+
+
+def model_of(num_layers):
+    """Modules that are never called: the tests hand over what their hooks would."""
+
+    def layer():
+        attention = SimpleNamespace(qkv_proj=_module(), o_proj=_module(), rotary_emb=_module())
+        mlp = SimpleNamespace(gate_up_proj=_module(), act_fn=_module())
+        return SimpleNamespace(
+            input_layernorm=_module(),
+            post_attention_layernorm=_module(),
+            self_attn=attention,
+            mlp=mlp,
+        )
+
+    return SimpleNamespace(model=SimpleNamespace(layers=[layer() for _ in range(num_layers)]))

@@ -83,7 +83,10 @@ class Worker:
         weights = BaseWeights(tensors, self.shape)
         self.dtype, self.device = weights.dtype, weights.device
         self.lease = Lease.attach(welcome.lease)
-        launches = Launches(self.device) if self.device.type == "cuda" else None
+        launches = None
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+            launches = Launches(self.device)
         self.gate = Gate(
             self.lease,
             alive=lambda: os.getppid() == server_pid,

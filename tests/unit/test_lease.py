@@ -75,6 +75,27 @@ def test_gate_acknowledges_a_revocation_with_its_latency_and_returns_after_the_g
     assert gate.waited_s > 0
 
 
+def test_what_is_enqueued_is_waited_for_before_the_lease_is_given_up():
+    lease = Lease.create()
+    lease.advance(TrainerEvent.ATTACHED)
+    lease.advance(TrainerEvent.STEP_BEGUN)
+    acks_at_drain = []
+
+    def drain():
+        acks_at_drain.append(lease.num_acks)
+        time.sleep(0.03)
+
+    gate = Gate(lease, alive=lambda: True, drain=drain)
+    gate()
+    assert not acks_at_drain
+    lease.set_engine_busy(True)
+    threading.Timer(0.2, lease.set_engine_busy, [False]).start()
+    gate()
+    assert acks_at_drain == [0]
+    assert lease.num_acks == 1
+    assert lease.latencies_ms()[0] >= 30
+
+
 def test_a_revocation_before_the_work_began_has_no_latency():
     lease, gate = running()
     lease.set_engine_busy(True)

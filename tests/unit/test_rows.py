@@ -1,23 +1,8 @@
 import pytest
 import torch
-from engine_support import random_model
+from engine_support import NUM_DEVICE, make_view
 
-from alchemist.trainer.families import ModelShape
-from alchemist.trainer.rows import ActivationView, Recorded, RowsRevoked
-
-NUM_DEVICE, NUM_HOST = 4, 6
-
-
-def make_view():
-    shape = ModelShape.from_config(random_model("llama").config)
-    layout = shape.row_layout(torch.float32)
-    size = layout.slots_per_row
-    host = [torch.randn(NUM_HOST, layout.width) for _ in range(shape.num_layers)]
-    kv = (9 + NUM_DEVICE * size, layout.num_kv_heads, layout.head_dim)
-    k, v = ([torch.randn(kv) for _ in range(shape.num_layers)] for _ in range(2))
-    cells = 9 + torch.randperm(NUM_DEVICE * size).view(NUM_DEVICE, size)
-    gens = torch.arange(10, 10 + NUM_DEVICE + NUM_HOST)
-    return ActivationView(layout, host, k, v, gens, cells), layout, host, k, v, gens, cells
+from alchemist.trainer.rows import Recorded, RowsRevoked
 
 
 @pytest.mark.parametrize("rows", [[4, 9, 5], [3, 0, 2], [3, 9, 0, 4, 1]])
