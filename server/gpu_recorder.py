@@ -10,6 +10,8 @@ decode steps it is always the same tensor. The hooks are in place when SGLang ca
 part of them, and a replay, which runs no Python, records the rows that `begin` has put there. A step of which nothing
 is recorded finds −1 everywhere.
 
+Rows that find no slot are staged (`staging.py`); not those of decode steps, where nothing may depend on the step.
+
 A token that cannot be recorded is simply computed again by the trainer; nothing here can fail a request.
 Not run on a GPU yet.
 """
@@ -60,6 +62,8 @@ class GpuRecorder:
         self._decode_rows = torch.full((max_decode_tokens,), -1, dtype=torch.int64, device=device)
         self._rows = self._decode_rows
         """Of the tokens of the pass that is being computed, or captured."""
+        self._staged: torch.Tensor | None = None
+        """Tokens of the pass whose rows find no slot, int64."""
         self._recorded: Ids = np.empty(0, np.int64)
         self._fields: dict[str, torch.Tensor] = {}
         self._last_before_attention = "k" if layout.has_qk_norm else "q"
@@ -92,16 +96,19 @@ class GpuRecorder:
         if self._has_failed or (is_decode and num_tokens > self._decode_rows.numel()):
             return False
         try:
-            recorded = self._pool.record(slots, positions)
+            recorded = self._pool.record(slots, positions, is_graph=is_decode)
         except Exception:
             logger.exception("activation pool: no rows for this batch; it is not recorded")
             return False
         if not recorded.size:
             self._pool.complete(recorded)
             return False
+        tokens, on_host = tokens[: recorded.size], recorded >= self._pool.num_device_rows
         rows = np.full(num_tokens, -1)
-        rows[tokens[: recorded.size]] = recorded
+        rows[tokens] = np.where(on_host, -1, recorded)
         on_device = to_device(rows, slots.device)
+        if on_host.any():
+            self._staged = to_device(tokens[on_host], slots.device)
         if is_decode:
             self._decode_rows[:num_tokens].copy_(on_device)
         else:
@@ -118,9 +125,12 @@ class GpuRecorder:
         else:
             for tap in self._taps:
                 tap.hooks.pop(id(tap), None)
-        self._rows = self._decode_rows
+        self._rows, self._staged = self._decode_rows, None
         self._fields.clear()
-        self._pool.complete(self._recorded)
+        if self._has_failed:
+            self._pool.abandon(self._recorded)
+        else:
+            self._pool.complete(self._recorded)
 
     def flush(self) -> None:
         """Nothing is kept."""
@@ -150,6 +160,9 @@ class GpuRecorder:
                 self._tier.table,
                 *self._tier.plane(layer),
             )
+            if self._staged is not None:
+                for name, value in fields:
+                    self._tier.staging.write(layer, name, value[self._staged])
         except Exception:
             self._has_failed = True
             logger.exception("recording has failed and is off from here on")

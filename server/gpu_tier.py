@@ -20,6 +20,7 @@ from alchemist.protocol.layout import RowLayout
 from alchemist.protocol.streams import Moment, to_device
 from alchemist.server.ids import Ids
 from alchemist.server.lender import Lender
+from alchemist.server.staging import STAGING_BYTES, Staging
 from alchemist.server.tiers import DeviceTier, HostTier
 
 MAX_COPIES = 2
@@ -29,6 +30,7 @@ MAX_COPIES = 2
 class GpuTier(DeviceTier):
     """Attributes:
     table: `cells` on the device.
+    staging: rows of a pass that found no slot.
     """
 
     def __init__(
@@ -38,9 +40,13 @@ class GpuTier(DeviceTier):
         v: Sequence[Tensor],
         cells: Tensor,
         lender: Lender,
+        *,
+        num_host_rows: int,
     ) -> None:
         super().__init__(layout, k, v, cells, lender)
         self._device = k[0].device
+        num_staged = min(num_host_rows, STAGING_BYTES // layout.row_bytes)
+        self.staging = Staging(layout, num_staged, self._device)
         self.table = torch.zeros(cells.shape, dtype=torch.int64, device=self._device)
         self._side = torch.cuda.Stream(self._device) if k[0].is_cuda else None
         self._copies: deque[tuple[Moment, Callable[[], None]]] = deque()
@@ -79,21 +85,42 @@ class GpuTier(DeviceTier):
         """Begin to copy rows, and keys and values of their tokens' `slots`, to the host. `finish_copies` calls `done`
         when they are there: whatever they have become meanwhile.
         """
-        aside = torch.cuda.stream(self._side) if self._side else contextlib.nullcontext()
-        with aside:
+        with self._aside():
             cells = to_device(self.cells[rows].reshape(-1), self._device)
             own = to_device(slots, self._device)
             out = torch.empty(
                 len(rows), self.layout.width, dtype=host.data[0].dtype, device=self._device
             )
-            breaks = np.flatnonzero(np.diff(host_rows) != 1) + 1
-            runs = list(zip([0, *breaks], [*breaks, len(host_rows)], strict=True))
             for layer, target in enumerate(host.data):
                 self._gather(layer, cells, own, out)
-                for begin, end in runs:
-                    first = int(host_rows[begin])
-                    target[first : first + end - begin].copy_(out[begin:end], non_blocking=True)
+                _copy_runs(out, target, host_rows)
             self._copies.append((Moment(self._device), done))
+
+    def send_staged(
+        self, host: HostTier, slots: Tensor, host_rows: Ids, done: Callable[[], None]
+    ) -> None:
+        """Begin to copy the staged rows, whose tokens are in `slots` (on the device), to the host, when the pass that
+        is enqueued is complete. As `copy_to`.
+        """
+        staged, n = self.staging, len(host_rows)
+        keys, cell = self.layout.fields["keys"][0], self.layout.cell
+        for rows, (key_cells, value_cells) in zip(staged.rows, self._planes, strict=True):
+            rows[:n, keys : keys + cell] = key_cells[slots]
+            rows[:n, keys + cell :] = value_cells[slots]
+
+        def arrived() -> None:
+            staged.is_free = True
+            done()
+
+        if self._side is not None:
+            self._side.wait_stream(torch.cuda.current_stream(self._device))
+        with self._aside():
+            for rows, target in zip(staged.rows, host.data, strict=True):
+                _copy_runs(rows, target, host_rows)
+            self._copies.append((Moment(self._device), arrived))
+
+    def _aside(self) -> contextlib.AbstractContextManager[object]:
+        return torch.cuda.stream(self._side) if self._side else contextlib.nullcontext()
 
     def finish_copies(self, *, wait: bool = False) -> None:
         """Call `done` of copies that are complete; with `wait`, wait for the oldest one."""
@@ -102,3 +129,11 @@ class GpuTier(DeviceTier):
             moment.wait()
             wait = False
             done()
+
+
+def _copy_runs(source: Tensor, target: Tensor, rows: Ids) -> None:
+    """Copy the first rows of `source` to the ascending `rows` of `target`: a copy for each run of neighbours."""
+    breaks = np.flatnonzero(np.diff(rows) != 1) + 1
+    for begin, end in zip([0, *breaks], [*breaks, len(rows)], strict=True):
+        first = int(rows[begin])
+        target[first : first + end - begin].copy_(source[begin:end], non_blocking=True)

@@ -162,6 +162,9 @@ def with_defaults(config: Config, argv: list[str]) -> list[str]:
     if torch.cuda.is_available():
         # Hooks run in eager prefill only.
         flags["--disable-prefill-cuda-graph"] = []
+        if not config.no_train:
+            # The trainer's context and step need room beside what SGLang takes.
+            flags["--mem-fraction-static"] = ["0.8"]
     else:
         flags["--device"] = ["cpu"]
         flags["--dtype"] = ["float32"]

@@ -109,8 +109,12 @@ class ActivationPool:
         self.gens = self._tables.tensors["gens"].numpy()
         counts = self._tables.tensors["counts"].numpy()
         self.arrivals = Arrivals(k[0].device, counts, is_deferred=is_deferred)
-        tier = GpuTier if self.arrivals.is_deferred else DeviceTier
-        self.device: DeviceTier = tier(layout, k, v, self._tables.tensors["cells"], lender)
+        place = (layout, k, v, self._tables.tensors["cells"], lender)
+        self.device: DeviceTier
+        if self.arrivals.is_deferred:
+            self.device = GpuTier(*place, num_host_rows=num_host_rows)
+        else:
+            self.device = DeviceTier(*place)
         self.host = HostTier(layout, num_host_rows)
         if k[0].is_cuda:
             self.host.pin()
@@ -119,6 +123,8 @@ class ActivationPool:
         self._gen, self._refs = np.zeros((2, num_records), np.int64)
         self._slot, self._device, self._host = np.full((3, num_records), -1)
         self._value, self._cost = np.zeros((2, num_records))
+        self._is_ready = np.ones(num_records, bool)
+        """Whether what a row holds is in its place; on a GPU, rows on the host come there late."""
         # By what finds a record.
         self.record_of_slot = np.full(num_slots, -1)
         self._record_of_device = np.full(num_device_rows, -1)
@@ -137,6 +143,7 @@ class ActivationPool:
         self.num_dropped = 0
         """Rows that ended without a copy because their slots were wanted."""
         self.num_hedged = 0
+        self._staged_slots = torch.empty(0, dtype=torch.int64)
         self._num_copying = 0
         """Host rows that a copy is on its way to."""
 
@@ -186,16 +193,18 @@ class ActivationPool:
 
     # Recording
 
-    def record(self, slots: torch.Tensor, positions: torch.Tensor) -> Ids:
+    def record(
+        self, slots: torch.Tensor, positions: torch.Tensor, *, is_graph: bool = False
+    ) -> Ids:
         """Begin rows for tokens; what the slots had ends.
 
         Args:
             slots: [n] int64, distinct, without the dummy slot 0; on the KV pool's device.
             positions: [n] of the tokens in their sequences; on the CPU.
+            is_graph: the pass is a CUDA graph's, which can write to rows on the device only.
 
         Returns:
-            [m] rows of the first m ≤ n tokens: as many as there is room for, first on the device, then on the host. A
-            GPU cannot write on the host in the middle of a pass: there, only those on the device.
+            [m] rows of the first m ≤ n tokens: as many as there is room for, first on the device, then on the host.
         """
         if not self.arrivals.is_deferred:
             self._end(slots.numpy())
@@ -204,9 +213,10 @@ class ActivationPool:
         is_lru = self._eviction == "lru"
         value = np.full_like(cost, self._tick) if is_lru else cost * self._prior
         total = count = self._provide(slots.numel())
-        if not self.arrivals.is_deferred:
-            least = float(value.min(initial=np.inf))
-            total += self._provide_host(slots.numel() - count, least)
+        rest = slots.numel() - count
+        if isinstance(self.device, GpuTier):
+            rest = 0 if is_graph else min(rest, self.device.staging.room)
+        total += self._provide_host(rest, float(value.min(initial=np.inf)))
         self.num_lost += slots.numel() - total
         records = self._free_records.pop(total)
         rows: Ids = np.concatenate(
@@ -219,6 +229,9 @@ class ActivationPool:
         rows[count:] += self.num_device_rows
         self._change(mine, RowEvent.RECORD)
         self._change(theirs, RowEvent.RECORD_HOST)
+        if isinstance(self.device, GpuTier) and theirs.size:
+            self._is_ready[theirs], self.device.staging.is_free = False, False
+            self._staged_slots = slots[count:total]
         bind = partial(self._bind, records, self._gen[records], count)
         self.arrivals.hold((slots,), bind)
         return rows
@@ -247,8 +260,27 @@ class ActivationPool:
     def complete(self, rows: Ids) -> None:
         """Keys and values of the rows' tokens are in the KV cache: copy those of rows on the host."""
         hosted = rows[rows >= self.num_device_rows] - self.num_device_rows
-        if hosted.size:
-            self.device.copy_kv_to(self.host, self._slot[self._record_of_host[hosted]], hosted)
+        records = self._record_of_host[hosted]
+        self.arrivals.go()
+        if not hosted.size:
+            return
+        if isinstance(self.device, GpuTier):
+            staged = partial(self._staged, records, self._gen[records])
+            self.device.send_staged(self.host, self._staged_slots, hosted, staged)
+        else:
+            self.device.copy_kv_to(self.host, self._slot[records], hosted)
+
+    def _staged(self, records: Ids, gens: Ids) -> None:
+        """Rows that were recorded on the host are there now; some may have ended since."""
+        self._is_ready[records[self._gen[records] == gens]] = True
+
+    def abandon(self, rows: Ids) -> None:
+        """Rows that were begun and will not be written."""
+        on_host = rows >= self.num_device_rows
+        self._change(self._record_of_device[rows[~on_host]], RowEvent.RECLAIM)
+        self._change(self._record_of_host[rows[on_host] - self.num_device_rows], RowEvent.UNHEDGE)
+        if isinstance(self.device, GpuTier):
+            self.device.staging.is_free |= bool(on_host.any())
         self.arrivals.go()
 
     def still(self, rows: Ids, gens: Ids) -> np.ndarray:
@@ -502,7 +534,7 @@ class ActivationPool:
         if completion is not None and completion.records.size == length:
             own = np.where(completion.is_alive(self._gen), completion.records, -1)
             records = np.where(records >= 0, records, own)
-        return records
+        return np.where(self._is_ready[records], records, -1)
 
     # The table at work
 
@@ -533,6 +565,7 @@ class ActivationPool:
             self.record_of_slot[slots[slots >= 0]] = -1
             self._slot[ended] = -1
             self._gen[ended] += 1
+            self._is_ready[ended] = True
             self._refs[ended] = self.answers.wants[ended] = 0
             self._free_records.push(ended)
 

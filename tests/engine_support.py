@@ -15,6 +15,7 @@ import transformers
 from torch import Tensor
 
 from alchemist.trainer.families import ModelShape
+from alchemist.trainer.gpu_rows import GpuView
 from alchemist.trainer.lora import LoraAdapter, LoraConfig
 from alchemist.trainer.rows import ActivationView, Recorded
 from alchemist.trainer.step import Objective, ReplayEngine, Sample, VersionGroup
@@ -251,6 +252,11 @@ class Recorder:
                 self._store(layer, found, token, int(rows[token]), int(slots[token]))
         missing = torch.full_like(rows, -1)
         return Recorded(torch.where(mask, rows, missing), slots, self.gens[rows].clone())
+
+    def as_on_gpu(self) -> GpuView:
+        """Over the same tensors."""
+        counts = torch.zeros(2, dtype=torch.int64)
+        return GpuView(self.layout, self.host, self.k, self.v, self.gens, self.cells, counts)
 
     def damage(self, row: int) -> None:
         """Change what enters the first layer."""

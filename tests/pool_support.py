@@ -102,7 +102,9 @@ class World:
 
     def record(self, slots: torch.Tensor) -> dict[int, float]:
         """Prefill of tokens in `slots`: what each slot's row holds, for those that got one."""
-        rows = self.pool.record(slots, torch.arange(slots.numel()))
+        # Staged rows have no place of their own to be written to: `test_gpu_recorder.py` has those.
+        is_graph = self.pool.arrivals.is_deferred
+        rows = self.pool.record(slots, torch.arange(slots.numel()), is_graph=is_graph)
         held = {}
         for row, slot in zip(rows, slots.tolist(), strict=False):
             self.stamp += 1

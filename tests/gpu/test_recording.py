@@ -355,6 +355,28 @@ def test_copies_on_the_host_are_the_rows_and_are_used_when_serving_takes_the_slo
         assert torch.equal(out, expected[layer, "gate_up"])
 
 
+def test_a_prefill_that_finds_no_slots_is_recorded_on_the_host():
+    serving = Serving(num_host_rows=64)
+    slots = serving.allocator.alloc(serving.allocator.available_size())[:40]
+    x = random_tokens(40)
+    serving.pool.settle(wait=True)
+    for _ in range(2):
+        # Compiled by the first pass.
+        with torch.cuda.stream(torch.cuda.Stream()):
+            torch.cuda.synchronize()
+            assert serving.recorder.begin(slots, torch.arange(40))
+            plain = serving.run(x, slots)
+            serving.recorder.end()
+            # The next pass is on its way before the copy is complete.
+            serving.run(random_tokens(40), slots)
+        torch.cuda.synchronize()
+        serving.pool.settle(wait=True)
+    found, seen = serving.recorded(slots)
+    assert (found.rows >= serving.view.num_device).all()
+    assert_same(seen, serving.reference(x))
+    assert torch.equal(plain, serving.run(x, slots))
+
+
 def test_rows_overwritten_after_they_were_enqueued_to_be_read_are_found_out():
     world = World(device="cuda", host_rows=0)
     slots = world.serve(2)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from pool_support import World, as_recorded, model_of
+from pool_support import SIZE, World, as_recorded, model_of
 
 from alchemist.server.gpu_recorder import GpuRecorder
 
@@ -125,7 +125,55 @@ def test_what_cannot_be_recorded_fails_no_pass():
     recorder._take(0, "q", torch.zeros(2, 4, dtype=torch.float64))
     recorder.end()
     world.pool.settle(wait=True)
+    world.pool.check_integrity()
+    assert world.pool.num_held("a", slots, 2) == 0
     assert not begin(recorder, world, slots)
+
+
+def test_what_finds_no_slot_goes_to_the_host_when_the_pass_is_complete():
+    """Serving has all of the KV cache but for one row's slots."""
+    world = World(host_rows=8, is_deferred=True)
+    recorder = recorder_of(world)
+    slots = world.serve(SIZE - world.layout.slots_per_row)
+    assert forward(recorder, world, slots[:5])
+    world.pool.settle(wait=True)
+    world.pool.check_integrity()
+    rows = found(world, slots[:5])
+    assert sorted((rows.rows >= world.view.num_device).tolist()) == [False, True, True, True, True]
+    assert [value for value, _ in world.read(rows)] == [1, 2, 3, 4, 5]
+    assert [key for _, key in world.read(rows)] == slots[:5].tolist()
+    # Their tokens leave the cache; the copies stay, for the answer that wants them.
+    world.allocator.free(slots[:5])
+    world.pool.settle(wait=True)
+    world.pool.check_integrity()
+    left = as_recorded(world.pool.check_out("a", slots[:0], 5))
+    assert [value for value, _ in world.read(left)] == [2, 3, 4, 5]
+
+
+def test_staged_rows_are_not_found_before_they_are_on_the_host():
+    world = World(host_rows=8, is_deferred=True)
+    recorder, slots = recorder_of(world), world.serve(SIZE)
+    assert forward(recorder, world, slots[:3])
+    # The pass is complete and its slots are known; the copy is not.
+    world.pool.arrivals.settle(wait=True)
+    assert world.pool.num_held("a", slots[:3], 3) == 0
+    # Nor does another pass get in between.
+    assert not recorder.begin(slots[3:5], torch.arange(2))
+    world.pool.settle(wait=True)
+    assert world.pool.num_held("a", slots[:3], 3) == 3
+    assert forward(recorder, world, slots[3:5])
+
+
+def test_a_staged_row_whose_slot_is_freed_before_it_is_on_the_host_is_nobodys():
+    world = World(host_rows=8, is_deferred=True)
+    recorder, slots = recorder_of(world), world.serve(SIZE)
+    assert forward(recorder, world, slots[:3])
+    world.allocator.free(slots[1:2])
+    again = world.serve(1)
+    assert again.tolist() == slots[1:2].tolist()
+    world.pool.settle(wait=True)
+    world.pool.check_integrity()
+    assert (found(world, slots[:3]).rows >= 0).tolist() == [True, False, True]
 
 
 def test_a_copy_counts_only_if_its_row_still_is_what_it_was():

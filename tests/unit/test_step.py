@@ -229,7 +229,8 @@ class RevokingGate:
 
 
 @pytest.mark.parametrize("max_tokens", [1 << 16, 12])
-def test_rows_revoked_at_any_layer_are_recomputed(model, max_tokens):
+@pytest.mark.parametrize("as_on_gpu", [False, True])
+def test_rows_revoked_at_any_layer_are_recomputed(model, max_tokens, as_on_gpu):
     adapter = random_adapter(engine_of(model).shape, torch.float64, 2)
     samples = make_samples(3)
     loss, grads, _ = naive_step(model, [VersionGroup(adapter, samples)], KTO)
@@ -237,7 +238,7 @@ def test_rows_revoked_at_any_layer_are_recomputed(model, max_tokens):
     for at in range(1, 14):
         engine = engine_of(model, max_tokens=max_tokens)
         recorder = Recorder(engine.shape, torch.float64)
-        engine.view = recorder.view
+        engine.view = recorder.as_on_gpu() if as_on_gpu else recorder.view
         mine = recorded(recorder, model, adapter, samples, share=2)
         row = int(mine[1].recorded.rows[-1])
         engine.gate = RevokingGate(at, recorder.gens, row)
