@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import pytest
-from live import Server
-
 PROMPTS = [
     "Hello!",
     "What is 7 + 8?",
@@ -25,16 +22,6 @@ def answers(server):
             (choice["message"]["content"], [t["logprob"] for t in choice["logprobs"]["content"]])
         )
     return out
-
-
-@pytest.fixture(scope="module")
-def silent(tmp_path_factory):
-    running = Server(
-        tmp_path_factory.mktemp("silent") / "data",
-        *("--record", "none", "--no-train", "--chunked-prefill-size", "256"),
-    )
-    yield running
-    assert running.stop() == 0, running.tail()
 
 
 def test_bit_equal(server, silent):
