@@ -39,7 +39,7 @@ from rich.console import Console
 from serving_servers import ALCHEMIST, Target
 from simulate_users import Rule, parse, simulate
 
-from alchemist.server.config import TINY_OPTIONS
+from alchemist.server.options import TINY_OPTIONS
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

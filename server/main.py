@@ -18,8 +18,7 @@ import torch
 from alchemist.protocol import objectives
 from alchemist.protocol.lease import Lease
 from alchemist.protocol.models import UnsupportedModelError, require_supported
-from alchemist.server import config as configuration
-from alchemist.server import processes
+from alchemist.server import options, processes
 from alchemist.server.config import Config
 from alchemist.server.data_dir import check_data_dir, open_ledger
 from alchemist.server.errors import EngineFailed, LaunchError
@@ -35,7 +34,7 @@ _MODEL_FLAGS = {"--model-path", "--model"}
 
 def main(argv: list[str] | None = None) -> None:
     """Serve until a signal (exit status 0), a dead engine (1), or not at all: something cannot be as asked (2)."""
-    config, sglang_argv = configuration.parse(sys.argv[1:] if argv is None else argv, os.environ)
+    config, sglang_argv = options.parse(sys.argv[1:] if argv is None else argv, os.environ)
     # Until the event loop takes them, a signal unwinds the stack like Ctrl-C does.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     status = 0
