@@ -99,8 +99,8 @@ class Config:
     (decode), or none (default: prefill)."""
 
     record_fraction: float = 1.0
-    """Share of requests that are recorded, 0 to 1; a request with the header X-Alchemist-Record: false
-    never is (default: 1)."""
+    """Share of requests that are recorded, 0 to 1; a request that says
+    "alchemist": {"record": false}, or has the header X-Alchemist-Record: false, never is (default: 1)."""
 
     record_min_tokens: int = 1
     """Prompts shorter than this many tokens are not recorded: computing them again costs less
