@@ -145,6 +145,10 @@ class Config:
     no_train: bool = False
     """Serve and take votes, but do not start the trainer (default: off)."""
 
+    trainer_timeout_s: float = 600.0
+    """Seconds that a training step may not get on, of the time the lease lets it run, before the trainer is
+    killed and started again; its votes are tried again (default: 600)."""
+
     seed: int = 0
     """Seed of the adapter's initial weights and of batch order (default: 0)."""
 
@@ -256,6 +260,7 @@ _NUMBERS = {
     "slo_tpot_ms": True,
     "train_max_wait": False,
     "probe_tolerance": True,
+    "trainer_timeout_s": True,
     "shutdown_timeout": False,
 }
 

@@ -79,6 +79,7 @@ class Learner:
             run.trainer_address,
             lease,
             config.lease_policy,
+            config.trainer_timeout_s,
             self._welcome,
             self._trainer_ready,
             self._trainer_ended,
@@ -293,6 +294,7 @@ class Learner:
                 waiting_since = time.monotonic()
                 self._wake.set()
             except TrainerGone as error:
+                self.last_error = str(error)
                 crashes = crashes + 1 if error.crashed else crashes
                 if crashes >= _MAX_CRASHES:
                     crashes = 0
