@@ -103,8 +103,8 @@ class Config:
     "alchemist": {"record": false}, or has the header X-Alchemist-Record: false, never is (default: 1)."""
 
     record_min_tokens: int = 1
-    """Prompts shorter than this many tokens are not recorded: computing them again costs less
-    (default: 1)."""
+    """Prompts shorter than this many tokens are not recorded: computing them again costs less. From which
+    length on recording pays, scripts/bench_record.py finds (default: 1)."""
 
     activation_device_fraction: float = 1.0
     """Share of the KV cache's slots that recorded activations may borrow while serving does not need
