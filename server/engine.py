@@ -92,9 +92,15 @@ class Engine:
         self._kv = Arena("kv", specs, populate=True)
         kv_pool.k_buffer = [self._kv.tensors[f"k{layer}"] for layer in range(kv_pool.layer_num)]
         kv_pool.v_buffer = [self._kv.tensors[f"v{layer}"] for layer in range(kv_pool.layer_num)]
+        # SGLang keeps float8 in buffers of bytes, because torch cannot write single elements of it.
+        dtype = dtype_name(kv_pool.dtype)
+        handles = {
+            name: msgspec.structs.replace(handle, dtype=dtype)
+            for name, handle in self._kv.handles.items()
+        }
         self._kv_handles = (
-            [self._kv.handles[f"k{layer}"] for layer in range(kv_pool.layer_num)],
-            [self._kv.handles[f"v{layer}"] for layer in range(kv_pool.layer_num)],
+            [handles[f"k{layer}"] for layer in range(kv_pool.layer_num)],
+            [handles[f"v{layer}"] for layer in range(kv_pool.layer_num)],
         )
 
     def attach(self, runner: Any, hooks: list[str], missing: list[str]) -> None:

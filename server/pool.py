@@ -143,7 +143,7 @@ class ActivationPool:
         Returns:
             [m] rows of the first m ≤ n tokens: as many as there is room for, first on the device, then on the host.
         """
-        self.free_slots(slots)
+        self._leave(slots.numpy())
         self._tick += 1
         cost = 1 + positions.numpy() / self._half_flops
         is_lru = self._eviction == "lru"
@@ -187,12 +187,16 @@ class ActivationPool:
         return same
 
     def free_slots(self, slots: torch.Tensor) -> None:
-        """The KV slots are freed, or written anew. Slots without a row are fine."""
+        """The KV slots are freed, and with them the others of their pages. Slots without a row are fine."""
         index = slots.numpy()
         page = self._lender.page_size
         if page > 1:
             pages = np.unique(index // page)
             index = (pages[:, None] * page + np.arange(page)).reshape(-1)
+        self._leave(index)
+
+    def _leave(self, index: Ids) -> None:
+        """The tokens in KV slots `index` leave the cache, or others are written there."""
         records = self.record_of_slot[index]
         records = records[records >= 0]
         if not records.size:

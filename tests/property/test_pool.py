@@ -234,6 +234,22 @@ def test_a_prompt_gets_neighbouring_slots_while_there_are_any():
     assert world.pool.device.cells.shape[1] == size
 
 
+def test_a_token_recorded_into_a_page_leaves_the_rows_of_its_neighbours():
+    """Chunks and decode steps write into pages whose first slots have rows of the same request."""
+    world = World(page_size=4, host_rows=8)
+    page = world.serve(1)
+    first = world.record(page[:2])
+    then = world.record(page[2:3])
+    rows = as_recorded(world.pool.check_out("a", page[:3], 3))
+    expected = [(stamp, float(slot)) for slot, stamp in (first | then).items()]
+    assert world.read(rows) == expected
+    again = world.record(page[1:2])
+    assert world.pool.record_of_slot[page.numpy()].tolist()[3] == -1
+    rows = as_recorded(world.pool.check_out("a", page[:3], 3))
+    expected[1] = (again[int(page[1])], float(page[1]))
+    assert world.read(rows) == expected
+
+
 def test_a_cache_narrower_than_the_activations_holds_them_as_bytes():
     # float16 slots, float32 rows: a cell is two float32 in four float16.
     world = World(host_rows=4, kv_dtype=torch.float16)
