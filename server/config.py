@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import msgspec
-import psutil
 
 from alchemist.protocol import objectives
 from alchemist.protocol.objectives import LossType, Reference
+from alchemist.server.machine_memory import physical_memory_bytes
 
 LINEAR_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 """What `all-linear` stands for, under PEFT's names."""
@@ -271,24 +271,6 @@ def _require(config: Config, name: str, is_allowed: bool, allowed: str) -> None:
         if name == "activation_host_bytes":
             value = f"{value / 2**30:.1f} GiB"
         raise ValueError(f"{option_name(name)} is {value!r}; allowed: {allowed}")
-
-
-def physical_memory_bytes() -> int:
-    """Memory of this machine, or the limit of this process's control group where that is less."""
-    total = psutil.virtual_memory().total
-    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        try:
-            text = Path(path).read_text().strip()
-        except OSError:
-            continue
-        if text.isdigit():
-            total = min(total, int(text))
-    return total
-
-
-def auto_host_bytes(free_bytes: int) -> int:
-    """What `--activation-host-gb auto` means at most, with `free_bytes` free."""
-    return min(free_bytes // 10, 8 * 2**30)
 
 
 def option_name(name: str) -> str:

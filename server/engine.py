@@ -14,7 +14,6 @@ from array import array
 from typing import Any
 
 import msgspec
-import psutil
 import torch
 import zmq
 
@@ -24,8 +23,8 @@ from alchemist.protocol.layout import RowLayout
 from alchemist.protocol.lease import Lease
 from alchemist.protocol.shm import TensorHandle
 from alchemist.protocol.tensors import Arena, dtype_name
-from alchemist.server.config import auto_host_bytes
 from alchemist.server.lender import Lender
+from alchemist.server.machine_memory import auto_host_bytes, free_memory_bytes
 from alchemist.server.pool import ActivationPool, CheckedOut, Ids
 from alchemist.server.recorder import Recorder
 from alchemist.server.run import OPT_OUT, Run
@@ -187,7 +186,7 @@ class Engine:
         )
 
     def _num_host_rows(self, layout: RowLayout, num_slots: int) -> int:
-        available = psutil.virtual_memory().available
+        available = free_memory_bytes()
         num_bytes = self.config.activation_host_bytes
         if num_bytes < 0:
             # More than a few times what the KV cache remembers is seldom voted on.

@@ -23,6 +23,7 @@ from alchemist.server.config import Config
 from alchemist.server.data_dir import check_data_dir, open_ledger
 from alchemist.server.errors import EngineFailed, LaunchError
 from alchemist.server.ledger import Ledger
+from alchemist.server.machine_memory import free_memory_bytes
 from alchemist.server.run import Run
 
 logger = logging.getLogger("alchemist")
@@ -207,7 +208,7 @@ def _check(config: Config, server_args: Any) -> None:
             objectives.load_function(config.objective)
         except ValueError as error:
             raise LaunchError(f"--{error}") from None
-    free = psutil.virtual_memory().available
+    free = free_memory_bytes()
     if config.activation_host_bytes > free and config.record != "none" and not config.no_train:
         raise LaunchError(
             f"--activation-host-gb is {config.activation_host_bytes / 2**30:.1f} GiB; "

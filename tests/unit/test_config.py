@@ -12,9 +12,8 @@ from alchemist.server import options
 from alchemist.server.config import (
     LINEAR_MODULES,
     Config,
-    auto_host_bytes,
-    physical_memory_bytes,
 )
+from alchemist.server.machine_memory import auto_host_bytes, physical_memory_bytes
 from alchemist.server.options import TINY_OPTIONS, parse
 
 
