@@ -1,5 +1,7 @@
 """A pool over real KV buffers and SGLang's own allocator, with serving's use of them beside it."""
 
+from types import SimpleNamespace
+
 import alchemist.server.cpu as cpu
 
 cpu.prepare()
@@ -116,6 +118,33 @@ class World:
         assert all(torch.equal(a, b) for a, b in pairs)
         assert all(torch.equal(s, seen[0]) for s in seen)
         return list(zip(seen[0].tolist(), keys[:, 0, 0].tolist(), strict=True))
+
+
+def bare_model() -> SimpleNamespace:
+    """What a recorder hooks, over modules that are never called: tests hand it what their hooks would."""
+
+    def module() -> SimpleNamespace:
+        def forward(*args):
+            return args
+
+        return SimpleNamespace(
+            _forward_hooks={},
+            _forward_pre_hooks={},
+            _forward_method=forward,
+            forward_native=forward,
+        )
+
+    def layer() -> SimpleNamespace:
+        attention = SimpleNamespace(qkv_proj=module(), o_proj=module(), rotary_emb=module())
+        mlp = SimpleNamespace(gate_up_proj=module(), act_fn=module())
+        return SimpleNamespace(
+            input_layernorm=module(),
+            post_attention_layernorm=module(),
+            self_attn=attention,
+            mlp=mlp,
+        )
+
+    return SimpleNamespace(model=SimpleNamespace(layers=[layer() for _ in range(2)]))
 
 
 def as_recorded(out) -> Recorded:

@@ -126,7 +126,10 @@ class Server:
         if self.process.poll() is None:
             self.process.send_signal(number)
         try:
-            return self.process.wait(timeout)
+            status = self.process.wait(timeout)
+            # It never fails a request, so nobody else would see it.
+            assert "recording has failed" not in self.log.read_text(errors="replace"), self.tail()
+            return status
         except subprocess.TimeoutExpired:
             for child in self.children():
                 child.kill()
