@@ -79,6 +79,11 @@ class Arrivals:
         for values, call in held:
             self._append(values, call)
 
+    def forget(self) -> None:
+        """What is held will not be done."""
+        self.counts[1] += len(self._held)
+        self._held.clear()
+
     def settle(self, *, wait: bool = False) -> None:
         """Do what can be done; with `wait`, wait until all of it can."""
         while self._entries:

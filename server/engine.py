@@ -1,7 +1,7 @@
 """The scheduler process's half of Alchemist: sharing memory, recording, the lease, and the row desk.
 
-Everything runs on the scheduler's thread, called from the hooks in `hooks.py`. Trouble with recording or with the
-trainer is logged and counted; it never reaches a request.
+Everything runs on the scheduler's thread, called from the hooks in `hooks.py`. Trouble with the trainer is logged,
+trouble with recording ends it (see `harmless.py`); neither reaches a request.
 """
 
 from __future__ import annotations
@@ -9,13 +9,14 @@ from __future__ import annotations
 import logging
 import os
 import time
+import traceback
 import zlib
 from array import array
+from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import msgspec
-import psutil
 import torch
 import zmq
 
@@ -26,8 +27,9 @@ from alchemist.protocol.lease import Lease
 from alchemist.protocol.shm import TensorHandle
 from alchemist.protocol.streams import copied
 from alchemist.protocol.tensors import Arena, DeviceExport, dtype_name, share
-from alchemist.server.config import auto_host_bytes
+from alchemist.server.harmless import guard, harmless
 from alchemist.server.lender import Lender
+from alchemist.server.machine_memory import auto_host_bytes, free_memory_bytes
 from alchemist.server.pool import ActivationPool, CheckedOut, Ids
 from alchemist.server.recorder import Recorder
 from alchemist.server.run import OPT_OUT, Run
@@ -66,6 +68,7 @@ class Engine:
         self._desk: zmq.Socket[bytes] | None = None
         self._scheduler: Any = None
         self._kv: Arena | DeviceExport | None = None
+        self._kv_handles: dict[str, TensorHandle] = {}
         self._weights: Arena | DeviceExport | None = None
         self.pool: ActivationPool | None = None
         self.recorder: Recorder | GpuRecorder | None = None
@@ -93,6 +96,12 @@ class Engine:
         layers = range(kv_pool.layer_num)
         kv_pool.k_buffer = [self._kv.tensors[f"k{layer}"] for layer in layers]
         kv_pool.v_buffer = [self._kv.tensors[f"v{layer}"] for layer in layers]
+        # SGLang keeps float8 in buffers of bytes, because torch cannot write single elements of it.
+        dtype = dtype_name(kv_pool.dtype)
+        self._kv_handles = {
+            name: msgspec.structs.replace(handle, dtype=dtype)
+            for name, handle in self._kv.handles.items()
+        }
 
     def attach(self, runner: Any, hooks: list[str], missing: list[str]) -> None:
         """The model and its pools exist: share the weights, make the activation pool, say hello."""
@@ -123,7 +132,7 @@ class Engine:
             host, gens, cells, counts = self.pool.handles
             rows = messages.SharedRows(host=host, gens=gens, cells=cells, counts=counts)
         k, v = (
-            [self._kv.handles[f"{name}{layer}"] for layer in range(layout.num_layers)]
+            [self._kv_handles[f"{name}{layer}"] for layer in range(layout.num_layers)]
             for name in ("k", "v")
         )
         return messages.SharedMemory(layout=layout, weights=weights, k=k, v=v, rows=rows)
@@ -162,7 +171,7 @@ class Engine:
             eviction=config.activation_eviction,
         )
         self.recorder = self._make_recorder(runner, layout, self.pool)
-        self.pool.install()
+        self.pool.install(lambda call, default: guard(call, default, self.stop_recording))
         portion = GPU_PORTION_BYTES if kv.k_buffer[0].is_cuda else PORTION_BYTES
         self._rows_per_portion = max(1, portion // layout.row_bytes)
         logger.info(
@@ -189,7 +198,7 @@ class Engine:
         return GpuRecorder(runner.model, layout, pool, max_decode_tokens=most)
 
     def _num_host_rows(self, layout: RowLayout, num_slots: int) -> int:
-        available = psutil.virtual_memory().available
+        available = free_memory_bytes()
         num_bytes = self.config.activation_host_bytes
         if num_bytes < 0:
             # More than a few times what the KV cache remembers is seldom voted on.
@@ -206,8 +215,22 @@ class Engine:
             )
         return num_rows
 
+    def stop_recording(self, error: Exception) -> None:
+        """For the rest of this run: what is recorded ends, and the trainer computes everything."""
+        # Memory may be what was missing: first let go of what the failed call has, and of what waits for `flush`.
+        traceback.clear_frames(error.__traceback__)
+        if self.recorder is not None:
+            self.recorder.release()
+            self.recorder = None
+        if self.pool is not None and self.pool.stopped is None:
+            self.pool.stop(f"{type(error).__name__}: {error}")
+        logger.error(
+            "recording has failed and ends here; serving and training go on", exc_info=error
+        )
+
     # Forward passes
 
+    @harmless(False)
     def begin_forward(self, batch: Any) -> bool:
         """Whether this forward is being recorded."""
         # SGLang's own warm-up has no requests.
@@ -248,9 +271,10 @@ class Engine:
         fraction = self.config.record_fraction
         return fraction >= 1 or zlib.crc32(rid.encode()) < fraction * 2**32
 
+    @harmless(None)
     def end_forward(self) -> None:
-        assert self.recorder is not None
-        self.recorder.end()
+        if self.recorder is not None:
+            self.recorder.end()
 
     def note_logprobs(self, batch: Any, raw: torch.Tensor, token_ids: torch.Tensor) -> None:
         """Keep each sampled token's logprob, by request and sequence length.
@@ -278,13 +302,19 @@ class Engine:
         report = partial(
             self._report, req.rid, req.lora_id, req.extra_key, prompt, output, noted, reason
         )
-        if self.pool is None:
+        if not self._with_slots(req, tree_cache, len(prompt), report):
             report(None)
-            return
-        slots = torch.empty(0, dtype=torch.int64)
-        if req.req_pool_idx is not None:
-            slots = tree_cache.req_to_token_pool.req_to_token[req.req_pool_idx, : len(prompt)]
+
+    @harmless(False)
+    def _with_slots(
+        self, req: Any, tree_cache: Any, length: int, report: Callable[[torch.Tensor], None]
+    ) -> bool:
+        """Whether `report` is called with the KV slots of a request's first tokens: now, or when they are known."""
+        if self.pool is None or req.req_pool_idx is None or self.pool.stopped is not None:
+            return False
+        slots = tree_cache.req_to_token_pool.req_to_token[req.req_pool_idx, :length]
         self.pool.arrivals.then((slots,), report)
+        return True
 
     def _report(
         self,
@@ -307,9 +337,7 @@ class Engine:
             index = length - len(prompt)
             if 0 <= index < len(output):
                 logprobs[index] = float(values[i])
-        recorded = 0
-        if self.pool is not None and slots is not None and slots.numel():
-            recorded = self.pool.num_held(rid, slots.long(), len(prompt))
+        recorded = 0 if slots is None else self._num_recorded(rid, slots, len(prompt))
         self._control.send(
             messages.encode(
                 messages.Finished(
@@ -325,6 +353,11 @@ class Engine:
             )
         )
 
+    @harmless(0)
+    def _num_recorded(self, rid: str, slots: torch.Tensor, length: int) -> int:
+        return 0 if self.pool is None else self.pool.num_held(rid, slots.long(), length)
+
+    @harmless(None)
     def released(self, req: Any, tree_cache: Any) -> None:
         """The request's KV is in the tree now, under slots that may be others' (those of an equal prefix)."""
         if self.pool is not None and not req.rid.startswith(_HEALTH_CHECK):
@@ -347,9 +380,9 @@ class Engine:
         if requests:
             self.lease.set_engine_busy(True)
             self._opted_out.update(r.rid for r in requests if _is_opted_out(r))
-        if self._was_prefill and self.recorder is not None:
+        if self._was_prefill:
             self._was_prefill = False
-            self.recorder.flush()
+            self._flush()
         if self._scheduler is None:
             self._open_desk(scheduler)
         self._settle()
@@ -364,23 +397,30 @@ class Engine:
             self._logprobs.clear()
             self._keep_house(scheduler)
         # It may sleep for long, and somebody may wait for what has not been settled.
-        self._settle(wait=True)
+        self._settle(True)
 
+    @harmless(None)
+    def _flush(self) -> None:
+        if self.recorder is not None:
+            self.recorder.flush()
+
+    @harmless(None)
     def _keep_house(self, scheduler: Any) -> None:
         """What the pool has to do when nobody waits: appraise, and copy to the host, a portion at a time."""
-        if self.pool is None or self.recorder is None:
+        if self.pool is None or self.pool.stopped is not None:
             return
         now = time.monotonic()
         if now - self._appraised > APPRAISE_S:
             self.pool.appraise(now)
             self._appraised = now
-        self.recorder.flush()
+        self._flush()
         sleeper = scheduler.idle_sleeper
         while self.pool.hedge(self._rows_per_portion):
             # A scheduler that does not sleep comes back by itself.
             if sleeper is None or not self.lease.is_granted or sleeper.poller.poll(0):
                 return
 
+    @harmless(None)
     def _hedge_beside(self) -> None:
         """On a GPU rows are copied to the host while requests run, too: the link is free, and the stream another one.
         Seldom, because enqueuing it is the scheduler's time.
@@ -391,13 +431,11 @@ class Engine:
         self._hedged = now
         self.pool.hedge(self._rows_per_portion)
 
-    def _settle(self, *, wait: bool = False) -> None:
-        """Do what waits for the device; trouble with it is not a request's."""
+    @harmless(None)
+    def _settle(self, wait: bool = False) -> None:
+        """Do what waits for the device. Also after recording has ended: requests' reports may be among it."""
         if self.pool is not None:
-            try:
-                self.pool.settle(wait=wait)
-            except Exception:
-                logger.exception("activation pool: something that waited for the GPU has failed")
+            self.pool.settle(wait=wait)
 
     # The row desk: the trainer asks which rows hold a completion's tokens
 
@@ -423,36 +461,41 @@ class Engine:
             except (ProtocolError, ValueError):
                 logger.exception("row desk: a message was refused")
                 continue
-            if isinstance(message, messages.CheckOut):
-                self._check_out(peer, message)
-            elif isinstance(message, messages.AskRows):
-                stats = self.pool.stats() if self.pool is not None else {}
-                answer = messages.RowStats(ticket=message.ticket, stats=msgspec.json.encode(stats))
+            answer = self._answer(peer, message)
+            # An answer that does not come costs a recomputation.
+            if answer is not None:
                 self._desk.send_multipart([peer, messages.encode(answer)])
-            elif self.pool is None:
-                continue
-            elif isinstance(message, messages.Voted):
-                self.pool.voted(message.rid, time.monotonic())
-            else:
-                self._check_in((peer, message.ticket))
-                for rid in message.consumed:
-                    self.pool.consumed(rid)
+
+    @harmless(None)
+    def _answer(self, peer: bytes, message: Any) -> messages.RowStats | None:
+        if isinstance(message, messages.AskRows):
+            stats = self.pool.stats() if self.pool is not None else {}
+            return messages.RowStats(ticket=message.ticket, stats=msgspec.json.encode(stats))
+        if isinstance(message, messages.CheckOut):
+            self._check_out(peer, message)
+        elif self.pool is not None and isinstance(message, messages.Voted):
+            self.pool.voted(message.rid, time.monotonic())
+        elif self.pool is not None:
+            self._check_in((peer, message.ticket))
+            for rid in message.consumed:
+                self.pool.consumed(rid)
+        return None
 
     def _check_out(self, peer: bytes, message: messages.CheckOut) -> None:
         # A new trainer has a new identity: what a dead one held is given back here.
         for other in [key for key in self._tickets if key[0] != peer]:
             self._check_in(other)
-        if self.pool is None or self.recorder is None:
-            self._answer(peer, message)
+        if self.pool is None:
+            self._send_places(peer, message)
             return
-        self.recorder.flush()
+        self._flush()
         slots = [
             match_slots(self._scheduler.tree_cache, messages.unpack_ids(p.token_ids), p.extra_key)
             for p in message.prompts
         ]
-        self.pool.arrivals.then(slots, partial(self._answer, peer, message))
+        self.pool.arrivals.then(slots, partial(self._send_places, peer, message))
 
-    def _answer(self, peer: bytes, message: messages.CheckOut, *slots: torch.Tensor) -> None:
+    def _send_places(self, peer: bytes, message: messages.CheckOut, *slots: torch.Tensor) -> None:
         """Tell the trainer where prompts are recorded; `slots` of each, on the CPU, unless nothing is recorded."""
         assert self._desk is not None
         places: list[messages.Places | None] = [None] * len(message.prompts)

@@ -12,13 +12,13 @@ is recorded finds −1 everywhere.
 
 Rows that find no slot are staged (`staging.py`); not those of decode steps, where nothing may depend on the step.
 
-A token that cannot be recorded is simply computed again by the trainer; nothing here can fail a request.
+A token that cannot be recorded is simply computed again by the trainer. What goes wrong here is raised by `begin` and
+`end`, never in the middle of a forward pass.
 Not run on a GPU yet.
 """
 
 from __future__ import annotations
 
-import logging
 from functools import partial
 
 import numpy as np
@@ -31,8 +31,6 @@ from alchemist.server.gpu_tier import GpuTier
 from alchemist.server.ids import Ids
 from alchemist.server.pool import ActivationPool
 from alchemist.server.recorder import Tap, taps_of
-
-logger = logging.getLogger(__name__)
 
 _BEFORE_ATTENTION = ("x", "q", "k")
 _AFTER_IT = ("attn", "mid", "gate_up")
@@ -60,6 +58,8 @@ class GpuRecorder:
         }
         device = self._tier.table.device
         self._decode_rows = torch.full((max_decode_tokens,), -1, dtype=torch.int64, device=device)
+        # Captured graphs read them for as long as they are replayed, whatever becomes of the recorder.
+        self._tier.kept.append(self._decode_rows)
         self._rows = self._decode_rows
         """Of the tokens of the pass that is being computed, or captured."""
         self._staged: torch.Tensor | None = None
@@ -67,7 +67,7 @@ class GpuRecorder:
         self._recorded: Ids = np.empty(0, np.int64)
         self._fields: dict[str, torch.Tensor] = {}
         self._last_before_attention = "k" if layout.has_qk_norm else "q"
-        self._has_failed = False
+        self._error: Exception | None = None
         self.num_recorded = 0
         self._taps: list[Tap] = taps_of(model, layout, lambda layer: partial(self._take, layer))
         if max_decode_tokens:
@@ -93,13 +93,11 @@ class GpuRecorder:
         if which is not None:
             positions = positions[which]
             slots = slots[to_device(tokens, slots.device)]
-        if self._has_failed or (is_decode and num_tokens > self._decode_rows.numel()):
+        if self._error is not None:
+            raise self._error
+        if is_decode and num_tokens > self._decode_rows.numel():
             return False
-        try:
-            recorded = self._pool.record(slots, positions, is_graph=is_decode)
-        except Exception:
-            logger.exception("activation pool: no rows for this batch; it is not recorded")
-            return False
+        recorded = self._pool.record(slots, positions, is_graph=is_decode)
         if not recorded.size:
             self._pool.complete(recorded)
             return False
@@ -123,14 +121,17 @@ class GpuRecorder:
         if self._decode_rows.numel():
             self._decode_rows.fill_(-1)
         else:
-            for tap in self._taps:
-                tap.hooks.pop(id(tap), None)
+            self._remove()
         self._rows, self._staged = self._decode_rows, None
         self._fields.clear()
-        if self._has_failed:
-            self._pool.abandon(self._recorded)
-        else:
-            self._pool.complete(self._recorded)
+        if self._error is not None:
+            raise self._error
+        self._pool.complete(self._recorded)
+
+    def release(self) -> None:
+        """Leave the model as if nobody recorded. Captured graphs go on reading their rows: −1 from here on."""
+        self._remove()
+        self._decode_rows.fill_(-1)
 
     def flush(self) -> None:
         """Nothing is kept."""
@@ -138,6 +139,10 @@ class GpuRecorder:
     def _install(self) -> None:
         for tap in self._taps:
             tap.hooks[id(tap)] = tap.hook
+
+    def _remove(self) -> None:
+        for tap in self._taps:
+            tap.hooks.pop(id(tap), None)
 
     def _take(self, layer: int, field: str, value: torch.Tensor) -> None:
         """A tensor [tokens, width] of the pass goes by."""
@@ -151,7 +156,7 @@ class GpuRecorder:
         fields = [(name, self._fields.pop(name)) for name in names if name in self._fields]
         num_tokens = fields[0][1].shape[0]
         # A prefill that is not recorded passes the hooks of decode recording, too.
-        if self._has_failed or num_tokens > self._rows.numel():
+        if self._error is not None or num_tokens > self._rows.numel():
             return
         try:
             pack_rows(
@@ -163,6 +168,6 @@ class GpuRecorder:
             if self._staged is not None:
                 for name, value in fields:
                     self._tier.staging.write(layer, name, value[self._staged])
-        except Exception:
-            self._has_failed = True
-            logger.exception("recording has failed and is off from here on")
+        except Exception as error:
+            # Whatever it is: the model is computing somebody's answer. `end` raises it, or the next `begin`.
+            self._error = error

@@ -31,6 +31,7 @@ class GpuTier(DeviceTier):
     """Attributes:
     table: `cells` on the device.
     staging: rows of a pass that found no slot.
+    kept: tensors to be held for as long as this is.
     """
 
     def __init__(
@@ -49,6 +50,7 @@ class GpuTier(DeviceTier):
         self.staging = Staging(layout, num_staged, self._device)
         self.table = torch.zeros(cells.shape, dtype=torch.int64, device=self._device)
         self._side = torch.cuda.Stream(self._device) if k[0].is_cuda else None
+        self.kept: list[Tensor] = []
         self._copies: deque[tuple[Moment, Callable[[], None]]] = deque()
 
     def _borrowed(self, slots: Ids) -> None:

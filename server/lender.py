@@ -28,6 +28,7 @@ MIN_RECLAIM_SLOTS = 1024
 KEPT_FREE = 64
 """One slot in so many is not lent, so that not every decode step has to take slots back."""
 NUM_TIMES = 4096
+_CHUNK = 4096
 
 
 class Lender:
@@ -42,6 +43,10 @@ class Lender:
         self._allocator = allocator
         self.page_size: int = allocator.page_size
         self.num_lent = 0
+        self._is_lent = np.zeros(allocator.size // self.page_size + 1, np.bool_)
+        """By page."""
+        self._reserve = torch.empty(0, dtype=torch.int64)
+        """Room for every page's number, once there are loans."""
         self.num_reclaimed = 0
         """Slots taken back since the start."""
         self.reclaims: deque[tuple[int, float]] = deque(maxlen=NUM_TIMES)
@@ -68,6 +73,8 @@ class Lender:
         """
         allocator = self._allocator
         self._arrivals, self._give_back = arrivals, give_back
+        # Zeroed, so that its memory is there when there is no other.
+        self._reserve = torch.zeros_like(allocator.free_pages)
         free, free_segment, clear = allocator.free, allocator.free_segment, allocator.clear
         available_size = allocator.available_size
         alloc, alloc_extend, alloc_decode = (
@@ -126,6 +133,7 @@ class Lender:
         def followed_clear() -> None:
             on_clear()
             self._underway.clear()
+            self._is_lent.fill(False)
             self.num_lent = 0
             clear()
 
@@ -175,19 +183,38 @@ class Lender:
     ) -> None:
         if self._underway.pop(number, None) is None:
             return
-        slots = np.sort(pages.numpy())[:, None] * self.page_size + np.arange(self.page_size)
-        found(slots.reshape(-1))
+        known = np.sort(pages.numpy())
+        self._is_lent[known] = True
+        found((known[:, None] * self.page_size + np.arange(self.page_size)).reshape(-1))
 
     def give(self, slots: np.ndarray) -> None:
         """Slots come back, in whole pages."""
+        pages = slots[:: self.page_size] // self.page_size
+        self._is_lent[pages] = False
         free_pages = self._allocator.free_pages
-        pages = to_device(slots[:: self.page_size] // self.page_size, free_pages.device)
-        self._return(pages.to(free_pages.dtype))
+        self._return(to_device(pages, free_pages.device).to(free_pages.dtype))
 
     def _return(self, pages: torch.Tensor) -> None:
         allocator = self._allocator
         allocator.free_pages = torch.cat((allocator.free_pages, pages))
         self.num_lent -= pages.numel()
+
+    def give_all(self) -> None:
+        """Every loan comes back, whoever had it: for once only, and without taking memory."""
+        allocator = self._allocator
+        count = len(allocator.free_pages)
+        self._reserve[:count] = allocator.free_pages
+        for start in range(0, self._is_lent.size, _CHUNK):
+            (found,) = np.nonzero(self._is_lent[start : start + _CHUNK])
+            self._reserve[count : count + found.size] = torch.from_numpy(found + start)
+            count += found.size
+        for pages in self._underway.values():
+            self._reserve[count : count + len(pages)] = pages
+            count += len(pages)
+        allocator.free_pages = self._reserve[:count]
+        self._is_lent.fill(False)
+        self._underway.clear()
+        self.num_lent = 0
 
     def _cover(self, num_pages: int) -> None:
         """See to it that the allocator's own list has `num_pages`, as far as there are loans."""
@@ -197,12 +224,14 @@ class Lender:
             return
         started = time.perf_counter()
         while self._underway and short > 0:
-            _, pages = self._underway.popitem()
-            self._return(pages)
-            short -= len(pages)
-        slots = np.empty(0, np.int64)
-        if short > 0:
-            slots = self._give_back(short * self.page_size, MIN_RECLAIM_SLOTS)
-            self.give(slots)
+            _, underway = self._underway.popitem()
+            self._return(underway)
+            short -= len(underway)
+        if short <= 0:
+            return
+        slots = self._give_back(short * self.page_size, MIN_RECLAIM_SLOTS)
+        if not slots.size:
+            return
+        self.give(slots)
         self.num_reclaimed += slots.size
         self.reclaims.append((int(slots.size), time.perf_counter() - started))

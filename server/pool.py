@@ -26,7 +26,7 @@ the order in which it was asked for.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -146,6 +146,8 @@ class ActivationPool:
         self._staged_slots = torch.empty(0, dtype=torch.int64)
         self._num_copying = 0
         """Host rows that a copy is on its way to."""
+        self.stopped: str | None = None
+        """Why nothing is recorded any more."""
 
     @property
     def handles(self) -> tuple[list[TensorHandle], TensorHandle, TensorHandle, TensorHandle]:
@@ -155,10 +157,39 @@ class ActivationPool:
         tables = self._tables.handles
         return self.host.handles, tables["gens"], tables["cells"], tables["counts"]
 
-    def install(self) -> None:
-        """Begin to borrow."""
-        self._lender.install(self.arrivals, self.give_back, self.free_slots, self.clear)
+    def install(self, harmless: Callable[[Any, Any], Any] = lambda call, default: call) -> None:
+        """Begin to borrow.
+
+        Args:
+            harmless: (a function that serving calls, what it is to return if it fails) → one that never fails.
+        """
+        none = np.arange(0)
+        self._lender.install(
+            self.arrivals,
+            harmless(self.give_back, none),
+            harmless(self.free_slots, None),
+            harmless(self.clear, None),
+        )
         self._restock()
+
+    def stop(self, why: str) -> None:
+        """Every row ends, every loan goes back, and nothing may be recorded any more. For when something has failed:
+        relies on no table that may be half changed, and takes next to no memory.
+        """
+        self.stopped = why
+        # First of all, as in `_change`.
+        self.gens += 1
+        self._gen += 1
+        for table in (self.record_of_slot, self._slot, self._device, self._host):
+            table.fill(-1)
+        for table in (self._record_of_device, self._record_of_host):
+            table.fill(-1)
+        for table in (self.state, self._refs, self.answers.wants):
+            table.fill(0)
+        self._to_hedge.clear()
+        self._line = self._line[:0]
+        self.arrivals.forget()
+        self._lender.give_all()
 
     # On a GPU
 
@@ -186,7 +217,7 @@ class ActivationPool:
         """Have rows in hand that can be recorded into. Not as soon as one is gone, nor while serving is about to want
         what is lent: it would be handed to and fro.
         """
-        if isinstance(self.device, GpuTier):
+        if isinstance(self.device, GpuTier) and self.stopped is None:
             stock = min(STOCK, self.num_device_rows)
             if len(self.device.spare) <= stock // 2 and self._lender.has_plenty:
                 self.device.borrow(stock)
@@ -207,7 +238,7 @@ class ActivationPool:
             [m] rows of the first m ≤ n tokens: as many as there is room for, first on the device, then on the host.
         """
         if not self.arrivals.is_deferred:
-            self._end(slots.numpy())
+            self._leave(slots.numpy())
         self._tick += 1
         cost = 1 + positions.numpy() / self._half_flops
         is_lru = self._eviction == "lru"
@@ -241,7 +272,7 @@ class ActivationPool:
         hold is complete now, and some may have ended since.
         """
         if self.arrivals.is_deferred:
-            self._end(slots.numpy())
+            self._leave(slots.numpy())
         own = slots.numpy()[: records.size]
         alive = self._gen[records] == gens
         self.record_of_slot[own[alive]], self._slot[records[alive]] = records[alive], own[alive]
@@ -274,22 +305,15 @@ class ActivationPool:
         """Rows that were recorded on the host are there now; some may have ended since."""
         self._is_ready[records[self._gen[records] == gens]] = True
 
-    def abandon(self, rows: Ids) -> None:
-        """Rows that were begun and will not be written."""
-        on_host = rows >= self.num_device_rows
-        self._change(self._record_of_device[rows[~on_host]], RowEvent.RECLAIM)
-        self._change(self._record_of_host[rows[on_host] - self.num_device_rows], RowEvent.UNHEDGE)
-        if isinstance(self.device, GpuTier):
-            self.device.staging.is_free |= bool(on_host.any())
-        self.arrivals.go()
-
     def still(self, rows: Ids, gens: Ids) -> np.ndarray:
         """Which rows are still what they were when their generations were `gens`: bool [n]."""
         same: np.ndarray = self.gens[rows] == gens
         return same
 
     def free_slots(self, slots: torch.Tensor) -> None:
-        """The KV slots, on the KV pool's device, are freed, with all of their pages. Slots without a row are fine."""
+        """The KV slots, on the KV pool's device, are freed, and with them the others of their pages. Slots without a
+        row are fine.
+        """
         if slots.numel():
             self.arrivals.then((slots,), self._end_slots)
 
@@ -299,11 +323,11 @@ class ActivationPool:
         if page > 1:
             pages = np.unique(index // page)
             index = (pages[:, None] * page + np.arange(page)).reshape(-1)
-        self._end(index)
+        self._leave(index)
 
-    def _end(self, slots: Ids) -> None:
-        """What the KV slots held is no more."""
-        records = self.record_of_slot[slots]
+    def _leave(self, index: Ids) -> None:
+        """The tokens in KV slots `index` leave the cache, or others are written there."""
+        records = self.record_of_slot[index]
         records = records[records >= 0]
         if not records.size:
             return
@@ -587,6 +611,7 @@ class ActivationPool:
             "hedged": self.num_hedged,
             "lost": self.num_lost,
             "dropped": self.num_dropped,
+            "stopped": self.stopped,
             "completions": len(self.answers),
             "tokens_voted": self.answers.num_voted_tokens,
             "tokens_voted_held": self.answers.num_voted_held,
@@ -595,6 +620,10 @@ class ActivationPool:
     def check_integrity(self) -> None:
         """Recompute every derived set from scratch; AssertionError names what does not agree."""
         used = self.state != RowState.FREE
+        if self.stopped is not None:
+            assert not used.any(), "a row after the end"
+            assert self._lender.num_lent == 0, "a loan after the end"
+            return
         (records,) = np.nonzero(used)
         (free,) = np.nonzero(~used)
         assert set(self._free_records.all()) == set(free), "free records"

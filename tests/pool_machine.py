@@ -41,6 +41,8 @@ class PoolMachine(RuleBasedStateMachine):
         self.content: dict[int, float] = {}
         self.answers: dict[str, list[tuple[int, float]]] = {}
         self.readers: list[tuple[Recorded, list, tuple]] = []
+        self.orphans: list[tuple] = []
+        """Tickets of a trainer that has died."""
         self.clock = 0.0
 
     @rule(count=st.integers(1, 12))
@@ -137,10 +139,43 @@ class PoolMachine(RuleBasedStateMachine):
             self.pool.check_in(self.readers.pop(index)[2].ticket)
 
     @rule()
+    def the_trainer_dies(self):
+        """In the middle of whatever it does: it only reads. What it has checked out stays so for the time being."""
+        self.orphans += [out.ticket for _, _, out in self.readers]
+        self.readers.clear()
+
+    @rule()
+    def a_new_trainer_comes(self):
+        """The scheduler checks in for the dead one."""
+        for ticket in self.orphans:
+            self.pool.check_in(ticket)
+        self.orphans.clear()
+        if not self.readers:
+            assert not self.pool._refs.any()
+
+    @rule()
     def flush(self):
         self.allocator.clear()
         self.owned.clear()
         self.content.clear()
+
+    def teardown(self):
+        """Recording fails, whatever is going on: rows end, readers are told, and serving has every slot."""
+        self.pool.stop("the end of the test")
+        self.pool.check_integrity()
+        free = self.allocator.free_pages.tolist()
+        owned = sum(slots.numel() for slots in self.owned)
+        assert len(set(free)) == len(free)
+        assert len(free) * self.world.page_size + owned == SIZE
+        for found, *_ in self.readers:
+            where = found.rows >= 0
+            if where.any():
+                with pytest.raises(RowsRevoked) as revoked:
+                    self.world.view.check(found.rows[where], found.gens[where])
+                assert len(revoked.value.rows) == int(where.sum())
+        # What was under way comes too late, and harms nobody.
+        self.pool.settle(wait=True)
+        self.pool.check_integrity()
 
     @invariant()
     def tables_agree(self):

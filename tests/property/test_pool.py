@@ -30,6 +30,8 @@ def test_a_row_goes_on_from_its_copy_when_serving_takes_its_slots():
     assert [v for v, _ in before] == list(held.values())
     # Everything else is serving's now: nothing is lent any more.
     assert world.serve(SIZE - 3) is not None
+    # Without the check a reader would take serving's keys and values for activations.
+    assert world.read(found, check=False) != before
     with pytest.raises(RowsRevoked) as revoked:
         world.read(found)
     found = found.without(torch.tensor(revoked.value.rows))
@@ -104,6 +106,22 @@ def test_a_prompt_gets_neighbouring_slots_while_there_are_any():
     assert world.pool.device.cells.shape[1] == size
 
 
+def test_a_token_recorded_into_a_page_leaves_the_rows_of_its_neighbours():
+    """Chunks and decode steps write into pages whose first slots have rows of the same request."""
+    world = World(page_size=4, host_rows=8)
+    page = world.serve(1)
+    first = world.record(page[:2])
+    then = world.record(page[2:3])
+    rows = as_recorded(world.pool.check_out("a", page[:3], 3))
+    expected = [(stamp, float(slot)) for slot, stamp in (first | then).items()]
+    assert world.read(rows) == expected
+    again = world.record(page[1:2])
+    assert world.pool.record_of_slot[page.numpy()].tolist()[3] == -1
+    rows = as_recorded(world.pool.check_out("a", page[:3], 3))
+    expected[1] = (again[int(page[1])], float(page[1]))
+    assert world.read(rows) == expected
+
+
 def test_a_cache_narrower_than_the_activations_holds_them_as_bytes():
     # float16 slots, float32 rows: a cell is two float32 in four float16.
     world = World(host_rows=4, kv_dtype=torch.float16)
@@ -117,6 +135,44 @@ def test_a_cache_narrower_than_the_activations_holds_them_as_bytes():
     out = world.pool.check_out("a", slots[:0], 3)
     on_host = as_recorded(out).without(torch.from_numpy(out.rows))
     assert world.read(on_host) == expected
+
+
+def test_every_entry_of_the_table_happens_in_the_pool():
+    """Serving, hedging, votes and flushes at random, until each has been seen; what is not listed never is."""
+    draw = np.random.default_rng(0)
+    seen = set()
+    for turn in range(200):
+        world = World(host_rows=6, eviction=("value", "lru")[turn % 2])
+        pool = world.pool
+        change = pool._change
+
+        def watch(records, event, pool=pool, change=change):
+            seen.update((RowState(s), event) for s in pool.state[records])
+            change(records, event)
+
+        pool._change = watch
+        owned = []
+        for now in range(60):
+            action = draw.integers(7)
+            if action == 0 and (slots := world.serve(int(draw.integers(1, 12)))) is not None:
+                owned.append(slots)
+                world.record(slots)
+            elif action == 1 and owned:
+                slots = owned[draw.integers(len(owned))]
+                pool.finish(f"r{draw.integers(4)}", slots, slots.numel(), now)
+            elif action == 2 and owned:
+                world.allocator.free(owned.pop(draw.integers(len(owned))))
+            elif action == 3:
+                pool.forget(f"r{draw.integers(4)}", now)
+            elif action == 4:
+                pool.voted(f"r{draw.integers(4)}", now)
+                pool.appraise(now)
+            else:
+                pool.hedge(int(draw.integers(1, 6)))
+            pool.check_integrity()
+        if seen == set(ROW):
+            return
+    pytest.fail(f"never seen: {set(ROW) - seen}")
 
 
 @pytest.mark.parametrize("state", RowState)

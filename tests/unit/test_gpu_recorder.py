@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from pool_support import SIZE, World, as_recorded, model_of
+from pool_support import SIZE, World, as_recorded, bare_model
 
 from alchemist.server.gpu_recorder import GpuRecorder
 
@@ -12,7 +12,7 @@ ORDER = ("x", "q", "attn", "mid", "gate_up")
 
 
 def recorder_of(world, max_decode_tokens=0):
-    return GpuRecorder(model_of(2), world.layout, world.pool, max_decode_tokens=max_decode_tokens)
+    return GpuRecorder(bare_model(), world.layout, world.pool, max_decode_tokens=max_decode_tokens)
 
 
 def run(recorder, world, num_tokens):
@@ -117,17 +117,30 @@ def test_rows_whose_slots_serving_took_back_are_not_found():
     assert (rows.rows >= 0).tolist() == [True, False, True]
 
 
-def test_what_cannot_be_recorded_fails_no_pass():
+def test_what_cannot_be_recorded_is_said_after_the_pass_and_not_in_it():
     world = World(is_deferred=True)
     recorder, slots = recorder_of(world), world.serve(2)
     assert begin(recorder, world, slots)
     recorder._take(0, "x", torch.zeros(2, 3, dtype=torch.float64))
     recorder._take(0, "q", torch.zeros(2, 4, dtype=torch.float64))
-    recorder.end()
+    run(recorder, world, 2)
+    with pytest.raises(ValueError, match="float64"):
+        recorder.end()
+    # As the engine does it then.
+    recorder.release()
+    world.pool.stop("as asked")
     world.pool.settle(wait=True)
     world.pool.check_integrity()
     assert world.pool.num_held("a", slots, 2) == 0
-    assert not begin(recorder, world, slots)
+    assert world.allocator.available_size() == SIZE - 2
+
+
+def test_a_graph_finds_no_rows_when_recording_has_ended():
+    world = World(is_deferred=True)
+    recorder = recorder_of(world, max_decode_tokens=4)
+    assert begin(recorder, world, world.serve(2), is_decode=True)
+    recorder.release()
+    assert world.pool.device.kept[0].tolist() == [-1] * 4
 
 
 def test_what_finds_no_slot_goes_to_the_host_when_the_pass_is_complete():

@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from pool_support import SIZE, World, as_recorded, model_of
+from pool_support import SIZE, World, as_recorded, bare_model
 
 from alchemist.server.recorder import Recorder
 
 
 def recorder_of(world):
-    return Recorder(model_of(2), world.layout, world.pool)
+    return Recorder(bare_model(), world.layout, world.pool)
 
 
 def forward(recorder, world, slots, which=None):
