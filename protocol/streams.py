@@ -14,7 +14,7 @@ class Moment:
     def __init__(self, device: torch.device) -> None:
         self._event: Any = None
         if device.type == "cuda":
-            self._event = torch.cuda.Event()
+            self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._event.record(torch.cuda.current_stream(device))
 
     def has_come(self) -> bool:

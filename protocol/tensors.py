@@ -149,7 +149,7 @@ class Importer:
         if self._allocations or self._pinned:
             torch.cuda.synchronize()
         for segment in self._pinned:
-            torch.cuda.cudart().cudaHostUnregister(_host_bytes(segment).data_ptr())
+            _runtime().cudaHostUnregister(_host_bytes(segment).data_ptr())
         for mapping, _ in self._allocations.values():
             mapping.close()
         self._pinned.clear()
@@ -215,12 +215,16 @@ def device_of(uuid: str) -> torch.device:
 
 def _pin(segment: shm.Segment) -> None:
     memory = _host_bytes(segment)
-    status = int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.numel(), _PORTABLE))
+    status = int(_runtime().cudaHostRegister(memory.data_ptr(), memory.numel(), _PORTABLE))
     if status:
         raise SharingError(
             f"cudaHostRegister of {memory.numel()} bytes of host memory failed with error {status}; "
             "ask for fewer with --activation-host-gb"
         )
+
+
+def _runtime() -> Any:
+    return torch.cuda.cudart()  # type: ignore[no-untyped-call]
 
 
 def _host_bytes(segment: shm.Segment) -> Tensor:
@@ -229,12 +233,12 @@ def _host_bytes(segment: shm.Segment) -> Tensor:
 
 def _device_view(memory: Tensor, handle: TensorHandle) -> Tensor:
     dtype = getattr(torch, handle.dtype)
-    shape, itemsize = handle.shape, _DTYPES[handle.dtype]
+    shape = handle.shape
     stride = handle.stride or _contiguous(shape)
     if 0 in shape:
         return torch.empty(shape, dtype=dtype, device=memory.device)
     count = 1 + sum((n - 1) * s for n, s in zip(shape, stride, strict=True))
-    part = memory[handle.offset : handle.offset + count * itemsize]
+    part = memory[handle.offset : handle.offset + count * dtype.itemsize]
     return part.view(dtype).as_strided(shape, stride)
 
 

@@ -10,12 +10,12 @@ from __future__ import annotations
 import contextlib
 from collections import deque
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from alchemist.kernels.pack_rows import Field, pack_rows
 from alchemist.protocol.layout import RowLayout
 from alchemist.protocol.streams import Moment, to_device
 from alchemist.server.ids import Ids
@@ -49,7 +49,9 @@ class GpuTier(DeviceTier):
         num_staged = min(num_host_rows, STAGING_BYTES // layout.row_bytes)
         self.staging = Staging(layout, num_staged, self._device)
         self.table = torch.zeros(cells.shape, dtype=torch.int64, device=self._device)
-        self._side = torch.cuda.Stream(self._device) if k[0].is_cuda else None
+        self._side: Any = None
+        if k[0].is_cuda:
+            self._side = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         self.kept: list[Tensor] = []
         self._copies: deque[tuple[Moment, Callable[[], None]]] = deque()
 
@@ -67,6 +69,9 @@ class GpuTier(DeviceTier):
 
     def write(self, layer: int, field: str, rows: Ids, value: Tensor) -> None:
         """Store [n, field width] in `rows` [n]; enqueued on the current stream."""
+        # Not before: the CPU's pool has no use for it.
+        from alchemist.kernels.pack_rows import Field, pack_rows
+
         start, _ = self.layout.fields[field]
         fields = [Field(value, start // self.layout.cell)]
         pack_rows(fields, to_device(rows, self._device), self.table, *self.plane(layer))

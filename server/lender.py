@@ -154,13 +154,13 @@ class Lender:
     def num_lendable(self) -> int:
         """Pages that could be borrowed now."""
         allocator = self._allocator
-        kept = allocator.size // self.page_size // KEPT_FREE
+        kept = int(allocator.size) // self.page_size // KEPT_FREE
         return max(0, len(allocator.free_pages) - kept)
 
     @property
     def has_plenty(self) -> bool:
         """Whether more could be borrowed than serving takes back at a time."""
-        enough = min(2 * MIN_RECLAIM_SLOTS, self._allocator.size // 16)
+        enough = min(2 * MIN_RECLAIM_SLOTS, int(self._allocator.size) // 16)
         return self.num_lendable * self.page_size > enough
 
     def borrow(self, num_slots: int, found: Callable[[np.ndarray], None]) -> None:

@@ -15,7 +15,6 @@ import transformers
 from torch import Tensor
 
 from alchemist.trainer.families import ModelShape
-from alchemist.trainer.gpu_rows import GpuView
 from alchemist.trainer.lora import LoraAdapter, LoraConfig
 from alchemist.trainer.rows import ActivationView, Recorded
 from alchemist.trainer.step import Objective, ReplayEngine, Sample, VersionGroup
@@ -253,8 +252,10 @@ class Recorder:
         missing = torch.full_like(rows, -1)
         return Recorded(torch.where(mask, rows, missing), slots, self.gens[rows].clone())
 
-    def as_on_gpu(self) -> GpuView:
-        """Over the same tensors."""
+    def as_on_gpu(self) -> ActivationView:
+        """The view as it is on a GPU, over the same tensors."""
+        from alchemist.trainer.gpu_rows import GpuView
+
         counts = torch.zeros(2, dtype=torch.int64)
         return GpuView(self.layout, self.host, self.k, self.v, self.gens, self.cells, counts)
 

@@ -18,7 +18,6 @@ from alchemist.protocol.layout import RowLayout  # noqa: E402
 from alchemist.protocol.tensors import Arena  # noqa: E402
 from alchemist.server.lender import Lender  # noqa: E402
 from alchemist.server.pool import ActivationPool  # noqa: E402
-from alchemist.trainer.gpu_rows import GpuView  # noqa: E402
 from alchemist.trainer.rows import ActivationView, Recorded  # noqa: E402
 
 SIZE = 48
@@ -96,7 +95,10 @@ class World:
             torch.from_numpy(self.pool.gens),
             torch.from_numpy(self.pool.device.cells),
         )
+        self.view: ActivationView
         if self.pool.arrivals.is_deferred:
+            from alchemist.trainer.gpu_rows import GpuView
+
             self.view = GpuView(*shared, torch.from_numpy(self.pool.arrivals.counts))
         else:
             self.view = ActivationView(*shared)
