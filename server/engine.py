@@ -12,7 +12,7 @@ import time
 import traceback
 import zlib
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -467,13 +467,14 @@ class Engine:
                 self._desk.send_multipart([peer, messages.encode(answer)])
 
     @harmless(None)
-    def _answer(self, peer: bytes, message: Any) -> messages.RowStats | None:
+    def _answer(self, peer: bytes, message: Any) -> messages.CheckedOut | messages.RowStats | None:
+        """What can be answered now."""
+        if isinstance(message, messages.CheckOut):
+            return self._check_out(peer, message)
         if isinstance(message, messages.AskRows):
             stats = self.pool.stats() if self.pool is not None else {}
             return messages.RowStats(ticket=message.ticket, stats=msgspec.json.encode(stats))
-        if isinstance(message, messages.CheckOut):
-            self._check_out(peer, message)
-        elif self.pool is not None and isinstance(message, messages.Voted):
+        if self.pool is not None and isinstance(message, messages.Voted):
             self.pool.voted(message.rid, time.monotonic())
         elif self.pool is not None:
             self._check_in((peer, message.ticket))
@@ -481,32 +482,41 @@ class Engine:
                 self.pool.consumed(rid)
         return None
 
-    def _check_out(self, peer: bytes, message: messages.CheckOut) -> None:
+    def _check_out(self, peer: bytes, message: messages.CheckOut) -> messages.CheckedOut | None:
         # A new trainer has a new identity: what a dead one held is given back here.
         for other in [key for key in self._tickets if key[0] != peer]:
             self._check_in(other)
         if self.pool is None:
-            self._send_places(peer, message)
-            return
+            return messages.CheckedOut(ticket=message.ticket, places=[None] * len(message.prompts))
         self._flush()
         slots = [
             match_slots(self._scheduler.tree_cache, messages.unpack_ids(p.token_ids), p.extra_key)
             for p in message.prompts
         ]
+        if not self.pool.arrivals.is_deferred:
+            return self._find_places(peer, message, slots)
         self.pool.arrivals.then(slots, partial(self._send_places, peer, message))
+        return None
 
     def _send_places(self, peer: bytes, message: messages.CheckOut, *slots: torch.Tensor) -> None:
-        """Tell the trainer where prompts are recorded; `slots` of each, on the CPU, unless nothing is recorded."""
         assert self._desk is not None
-        places: list[messages.Places | None] = [None] * len(message.prompts)
+        answer = self._find_places(peer, message, slots)
+        self._desk.send_multipart([peer, messages.encode(answer)])
+
+    def _find_places(
+        self, peer: bytes, message: messages.CheckOut, slots: Sequence[torch.Tensor]
+    ) -> messages.CheckedOut:
+        """Args:
+        slots: of each prompt's cached prefix, on the CPU.
+        """
+        assert self.pool is not None
+        places: list[messages.Places | None] = []
         held = self._tickets.setdefault((peer, message.ticket), [])
-        for i, (prompt, own) in enumerate(zip(message.prompts, slots, strict=False)):
-            assert self.pool is not None
+        for prompt, own in zip(message.prompts, slots, strict=True):
             found = self.pool.check_out(prompt.rid, own, len(prompt.token_ids) // 4)
             held.append(found.ticket)
-            places[i] = _places(found) if (found.rows >= 0).any() else None
-        answer = messages.CheckedOut(ticket=message.ticket, places=places)
-        self._desk.send_multipart([peer, messages.encode(answer)])
+            places.append(_places(found) if (found.rows >= 0).any() else None)
+        return messages.CheckedOut(ticket=message.ticket, places=places)
 
     def _check_in(self, key: tuple[bytes, int]) -> None:
         assert self.pool is not None
