@@ -28,7 +28,7 @@ def main(seed: int) -> None:
     draw = random.Random(seed)
     world = World(host_rows=6, is_shared=True)
     pool = world.pool
-    host, gens, cells = pool.handles
+    host, gens, cells, _ = pool.handles
     k, v = ([world.kv.handles[f"{kind}{layer}"] for layer in range(2)] for kind in "kv")
     tell({"host": host, "gens": gens, "cells": cells, "k": k, "v": v})
     owned: list[torch.Tensor] = []
