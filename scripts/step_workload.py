@@ -131,21 +131,22 @@ class Ours:
             num_recorded: how many of each prompt's tokens have a row, from the first on; default: all.
         """
         shape, layout = self.shape, self.shape.row_layout(self.weights.dtype)
+        device, dtype = self.weights.device, self.weights.dtype
         total = sum(len(s.prompt_ids) for s in samples)
         # As a server has them: a token's own slot first, then the borrowed ones of every row.
         size = layout.slots_per_row
         kv = (total * (1 + size), shape.num_kv_heads, shape.head_dim)
-        k = [torch.zeros(kv) for _ in range(shape.num_layers)]
-        v = [torch.zeros(kv) for _ in range(shape.num_layers)]
-        host = [torch.zeros(0, layout.width) for _ in range(shape.num_layers)]
+        k = [torch.zeros(kv, dtype=dtype, device=device) for _ in range(shape.num_layers)]
+        v = [torch.zeros(kv, dtype=dtype, device=device) for _ in range(shape.num_layers)]
+        host = [torch.zeros(0, layout.width, dtype=dtype) for _ in range(shape.num_layers)]
         cells = torch.arange(total, kv[0]).view(total, size)
         gens = torch.ones(total, dtype=torch.int64)
-        replay = self.engine.replay(Phases(torch.device("cpu")))
+        replay = self.engine.replay(Phases(device))
         counts = num_recorded or [len(s.prompt_ids) for s in samples]
         taken, start = [], 0
         for sample, count in zip(samples, counts, strict=True):
             n = len(sample.prompt_ids)
-            batch = TokenBatch([(sample.prompt_ids, [0])], [], [None], torch.device("cpu"))
+            batch = TokenBatch([(sample.prompt_ids, [0])], [], [None], device)
             kept = replay.forward(batch, self.adapter, gradient=True).kept
             for layer, values in enumerate(kept):
                 planes = [t[total:].view(total, -1) for t in (k[layer], v[layer])]
