@@ -92,7 +92,7 @@ def make_site(folder: Path) -> Path:
     return site
 
 
-def environment(site: Path, bundle: Path | None) -> dict[str, str]:
+def environment(site: Path, bundle: Path | None, device: str) -> dict[str, str]:
     """Of every process of the suite."""
     paths = [str(site), *([str(bundle)] if bundle else []), os.environ.get("PYTHONPATH", "")]
     env = os.environ | {
@@ -104,6 +104,8 @@ def environment(site: Path, bundle: Path | None) -> dict[str, str]:
     # A process that exports CUDA IPC handles cannot use them.
     env.pop("PYTORCH_CUDA_ALLOC_CONF", None)
     env.pop("PYTORCH_ALLOC_CONF", None)
+    if device == "cpu":
+        env.setdefault("OMP_NUM_THREADS", "1")
     if bundle:
         env["TVM_FFI_CACHE_DIR"] = str(bundle / ".tvmcache")
         env.setdefault("FLASHINFER_DISABLE_JIT", "1")

@@ -219,6 +219,13 @@ def device_bytes(part: Part, servers: Sequence[Server]) -> int:
     return shared_bytes(maps)
 
 
+def total_gib() -> float:
+    """Memory of the GPU."""
+    command = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits", "-i", "0"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30)
+    return int(done.stdout.splitlines()[0]) / 1024
+
+
 @contextlib.contextmanager
 def running(part: Part, servers: Sequence[Server]) -> Iterator[None]:
     """Wait for all of them, and end them with the block."""
@@ -226,7 +233,7 @@ def running(part: Part, servers: Sequence[Server]) -> Iterator[None]:
     try:
         for server in servers:
             server.wait_ready_by(part)
-        part.config["boot_s"] = round(time.monotonic() - started, 1)
+            part.config.setdefault("ready_s", {})[server.name] = time.monotonic() - started
         yield
     finally:
         alive = [server for server in servers if server.process.poll() is None]
