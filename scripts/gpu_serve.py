@@ -7,12 +7,10 @@ header, not recorded in turn; that of recording decode between the two.
 
 from __future__ import annotations
 
-import threading
 import time
 from typing import Any, NamedTuple
 
-import psutil
-from gpu_ipc import Peers
+from gpu_lives import Lives
 from gpu_part import Part
 from gpu_rows import LENGTHS
 from gpu_servers import Background, Flags, Server, device_bytes, prompts, running, total_gib
@@ -53,7 +51,7 @@ class ServeBench:
         slots = self._sizes.slots
         if part.device == "cuda" and total_gib() < 100:
             slots = SMALL_GPU_SLOTS
-        self._before = device_bytes(part, [])
+        before = device_bytes(part, [])
         record = (
             "--record",
             "prefill",
@@ -72,11 +70,11 @@ class ServeBench:
         self.decode = Server.alchemist("decode", flags, self._folder, *decode)
         self.servers = [self.prefill, self.decode]
         part.config |= {"slots": slots, "decode_slots": self._sizes.decode_slots, "recorded": {}}
-        self._weights = _weight_bytes(load_shape(str(flags.model)), part.tiny)
+        self._lives = Lives(part, self.servers, before, load_shape(str(flags.model)))
 
     def run(self) -> None:
         part = self._part
-        part.attempt("one copy", self._one_copy, ["one_copy_server"], 5)
+        part.attempt("one copy", self._lives.one_copy, ["one_copy_server"], 5)
         for server in self.servers:
             server.http.post("/v1/training/pause").raise_for_status()
         part.attempt("recording on and off", self._exact, ["recording_changed_tokens"], 5)
@@ -92,35 +90,9 @@ class ServeBench:
         part.attempt("publishing", self._publish, rows, 10)
         part.attempt("graphs and eager", self._graphs, ["graph_vs_eager_logprobs"], 5)
         rows = ["trainer_death_failed_requests", "trainer_restart_s", "trainer_restart_leaked_mib"]
-        part.attempt("a trainer's death", self._trainer_death, rows, 25)
+        part.attempt("a trainer's death", self._lives.trainer_death, rows, 25)
         rows = ["server_death_trainer_left", "server_death_leaked_mib"]
-        part.attempt("a server's death", self._server_death, rows, 12)
-
-    def _one_copy(self) -> None:
-        """Before any step: later a trainer has an optimizer's state, too."""
-        part, server = self._part, self.prefill
-        self._attached = device_bytes(part, self.servers)
-        pid = server.status()["trainer"]["pid"]
-        _kill(pid)
-        # A new one needs seconds to import what it needs before it touches the device.
-        time.sleep(0.7)
-        without = device_bytes(part, self.servers)
-        server.wait_trainer(other_than=pid)
-        peers = Peers({}, part.device)
-        try:
-            before = device_bytes(part, self.servers)
-            with peers.staying("bare"):
-                context = device_bytes(part, self.servers) - before
-        finally:
-            peers.end()
-        extra = self._attached - without - context
-        part.config["memory"] = {
-            "attached": self._attached,
-            "without": without,
-            "bare_context": context,
-            "weights": self._weights,
-        }
-        part.add("one_copy_server", extra / self._weights, against="nvidia-smi, all processes")
+        part.attempt("a server's death", self._lives.server_death, rows, 12)
 
     def _exact(self) -> None:
         """On a flushed cache each time, one request at a time, so that both are computed in the same shapes."""
@@ -220,62 +192,6 @@ class ServeBench:
             worst.append(max(abs(a - b) for a, b in zip(before, after, strict=True)))
         against = f"the largest of {len(worst)} answers of {SCORED} tokens by {live}"
         self._part.add("graph_vs_eager_logprobs", worst, value=max(worst), against=against)
-
-    def _trainer_death(self) -> None:
-        part, server = self._part, self.prefill
-        pid = server.status()["trainer"]["pid"]
-        draw = prompts(part, 128, seed=17)
-        failed: list[str] = []
-
-        def ask(ids: list[int]) -> None:
-            try:
-                server.stream(ids, 64)
-            except Exception as error:
-                failed.append(str(error))
-
-        threads = [threading.Thread(target=ask, args=(next(draw),)) for _ in range(4)]
-        for thread in threads:
-            thread.start()
-        time.sleep(0.2)
-        _kill(pid)
-        for thread in threads:
-            thread.join()
-        part.add("trainer_death_failed_requests", float(len(failed)), n=len(threads))
-        part.add("trainer_restart_s", server.wait_trainer(other_than=pid))
-        # Of two that have not trained, so that nothing else differs.
-        first = device_bytes(part, self.servers)
-        pid = server.status()["trainer"]["pid"]
-        _kill(pid)
-        server.wait_trainer(other_than=pid)
-        leaked = device_bytes(part, self.servers) - first
-        part.add("trainer_restart_leaked_mib", leaked / 2**20)
-
-    def _server_death(self) -> None:
-        part = self._part
-        self.decode.process.terminate()
-        self.decode.process.wait(15)
-        tree = psutil.Process(self.prefill.process.pid).children(recursive=True)
-        trainer = self.prefill.status()["trainer"]["pid"]
-        self.prefill.process.kill()
-        self.prefill.process.wait(5)
-        psutil.wait_procs(tree, timeout=10)
-        part.add("server_death_trainer_left", float(psutil.pid_exists(trainer)), n=len(tree))
-        time.sleep(1.0)
-        part.add("server_death_leaked_mib", (device_bytes(part, []) - self._before) / 2**20)
-
-
-def _kill(pid: int) -> None:
-    process = psutil.Process(pid)
-    process.kill()
-    psutil.wait_procs([process], timeout=10)
-
-
-def _weight_bytes(shape: Any, is_tiny: bool) -> int:
-    qkv, hidden, inner = sum(shape.qkv_splits), shape.hidden_size, shape.intermediate_size
-    layer = qkv * hidden + shape.qkv_splits[0] * hidden + 3 * inner * hidden
-    tables = shape.vocab_size * hidden * (1 if shape.tied_embeddings else 2)
-    # On a CPU the embedded model is served in float32.
-    return (shape.num_layers * layer + tables) * (4 if is_tiny else 2)
 
 
 def main() -> None:

@@ -116,10 +116,10 @@ class Server(Target):
         Raises:
             RuntimeError: no version came of it.
         """
+        before = self.status()["step"]
         for rid in completions:
             vote = {"completion_id": rid, "rating": "up"}
             self.http.post("/v1/feedback", json=vote).raise_for_status()
-        before = self.status()["step"]
         self.http.post("/v1/training/resume").raise_for_status()
         self.http.post("/v1/training/flush").raise_for_status()
         deadline = time.monotonic() + 60
