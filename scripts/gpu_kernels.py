@@ -7,12 +7,19 @@ A comparison is of one tensor, an output or a gradient. Its bar is that of the t
 from __future__ import annotations
 
 import json
+import statistics
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from gpu_part import Part
+from gpu_timing import in_turn, ratios
+from torch import Tensor
+
+from alchemist.kernels.path_attention import PathBlock, flashinfer, path_attention
 
 SCRIPT = Path(__file__).parents[1] / "tests" / "kernel_accuracy.py"
 DTYPES = ("bfloat16", "float32")
@@ -66,9 +73,78 @@ def measure(part: Part) -> None:
         part.add(f"kernels_{kind}_error", ratio(comparison, kind), n=len(found), against=against)
 
 
+def _sequence(part: Part) -> tuple[list[Tensor], list[PathBlock]]:
+    """Queries, keys and values of one sequence in an 8B model's heads, and its plan."""
+    device, num_tokens = torch.device(part.device), 256 if part.tiny else 4096
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    generator = torch.Generator(device).manual_seed(0)
+    leaves = [
+        torch.randn(num_tokens, n, 128, generator=generator, device=device, dtype=dtype)
+        for n in (32, 8, 8)
+    ]
+    tokens = torch.arange(num_tokens)
+    plan = [PathBlock(tokens.to(device), tokens, tokens.to(device))]
+    return [leaf.requires_grad_() for leaf in leaves], plan
+
+
+def attention(part: Part) -> None:
+    """Both directions beside PyTorch's flash attention, which serves no tree."""
+    device = torch.device(part.device)
+    leaves, plan = _sequence(part)
+    q, k, v = leaves
+    dy = torch.randn_like(q)
+
+    def ours() -> Tensor:
+        return path_attention(q, k, v, plan)
+
+    def theirs() -> Tensor:
+        heads_first = [t.transpose(0, 1)[None] for t in leaves]
+        y = F.scaled_dot_product_attention(*heads_first, is_causal=True, enable_gqa=True)
+        return y[0].transpose(0, 1)
+
+    outputs = {"ours": ours(), "theirs": theirs()}
+    forward = {"ours": ours, "theirs": theirs}
+    backward = {
+        name: lambda y=y: torch.autograd.grad(y, leaves, dy, retain_graph=True)
+        for name, y in outputs.items()
+    }
+    for name, functions in (("forward", forward), ("backward", backward)):
+        seconds = in_turn(device, functions, 5 if part.tiny else 30)
+        part.add(
+            f"attention_{name}_vs_sdpa",
+            ratios(seconds["theirs"], seconds["ours"]),
+            against=f"{q.shape[0]} tokens, {statistics.median(seconds['ours']) * 1e3:.3f} ms",
+        )
+
+
+def flashinfer_forward(part: Part) -> None:
+    """Whether the missing rows' forward should be FlashInfer's."""
+    if not flashinfer.is_available():
+        raise RuntimeError("flashinfer is not installed")
+    device = torch.device(part.device)
+    leaves, plan = _sequence(part)
+    q, k, v = (t.detach() for t in leaves)
+    functions = {
+        "triton": lambda: path_attention(q, k, v, plan),
+        "flashinfer": lambda: flashinfer.forward(q, k, v, plan),
+    }
+    error = (functions["triton"]() - functions["flashinfer"]()).float().norm()
+    error /= functions["triton"]().float().norm()
+    part.config["flashinfer_error"] = float(error)
+    # Two roundings to bfloat16 differ by less.
+    if not float(error) < 0.02:
+        raise RuntimeError(f"FlashInfer's outputs differ by {float(error):.1e} of their norm")
+    seconds = in_turn(device, functions, 30)
+    part.add("attention_flashinfer", ratios(seconds["triton"], seconds["flashinfer"]))
+
+
 def main() -> None:
     part = Part.from_argv("kernels", __doc__ or "")
-    part.attempt("comparisons", lambda: measure(part), part.row_names)
+    speeds = [name for name in part.row_names if name.endswith("_vs_sdpa")]
+    accuracy = [name for name in part.row_names if name.startswith("kernels")]
+    part.attempt("attention's speed", lambda: attention(part), speeds, 5)
+    part.attempt("FlashInfer", lambda: flashinfer_forward(part), ["attention_flashinfer"], 5)
+    part.attempt("comparisons", lambda: measure(part), accuracy)
 
 
 if __name__ == "__main__":

@@ -73,6 +73,13 @@ _KERNELS = [
         "the worst one's largest error ÷ that of PyTorch in the same dtype",
         2.0,
     ),
+    Spec(
+        "attention_forward_vs_sdpa",
+        "kernels",
+        "path attention at 4k tokens, 32 heads on 8; PyTorch's flash attention ÷ ours",
+    ),
+    Spec("attention_backward_vs_sdpa", "kernels", "its backward"),
+    Spec("attention_flashinfer", "kernels", "our forward's time ÷ FlashInfer's"),
     _at_most("kernels_rms_error", "kernels", "the worst one's rms error ÷ the same", 1.25),
 ]
 _STEP = [

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from gpu_part import Part
 from gpu_rows import MODELS
-from gpu_timing import free, in_turn, peak_bytes, ratios
+from gpu_timing import free, in_turn, peak_bytes, profile, ratios
 from gpu_workload import (
     OBJECTIVES,
     Model,
@@ -164,6 +164,10 @@ class StepBench:
         part.add(f"sft_reuse_vs_recompute_{key}", ratios(times["recompute"], times["recorded"]))
         part.config[f"phases_{key}"] = {
             kind: dict(ours.step(labelled(batch, "sft"), OBJECTIVES["sft"], self._split).seconds)
+            for kind, batch in (("recompute", samples), ("recorded", recorded))
+        }
+        part.config[f"profile_{key}"] = {
+            kind: profile(self._device, our_step(model, ours, batch, "sft", self._split))
             for kind, batch in (("recompute", samples), ("recorded", recorded))
         }
         if key != "qwen3_8b":

@@ -67,3 +67,33 @@ def _resident(field: str) -> int:
 def ratios(baseline: Sequence[float], ours: Sequence[float]) -> list[float]:
     """Of the rounds, baseline ÷ ours."""
     return [b / o for b, o in zip(baseline, ours, strict=True)]
+
+
+def profile(device: torch.device, step: Callable[[], object], most: int = 20) -> dict[str, object]:
+    """Where one call's time goes: milliseconds in all, those in which the device worked, and its longest kernels (on a
+    CPU: operations).
+    """
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    is_cuda = device.type == "cuda"
+    if is_cuda:
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    synchronize(device)
+    started = time.perf_counter()
+    with torch.profiler.profile(activities=activities) as recorded:
+        step()
+        synchronize(device)
+    elapsed = time.perf_counter() - started
+    # Of a GPU its own events only: an operator's count its kernels a second time.
+    found = [
+        (e.self_device_time_total if is_cuda else e.self_cpu_time_total, e.key, e.count)
+        for e in recorded.key_averages()
+        if not is_cuda or e.device_type.name == "CUDA"
+    ]
+    found.sort(reverse=True)
+    return {
+        "ms": elapsed * 1e3,
+        "busy_ms": sum(us for us, _, _ in found) / 1e3,
+        "longest": [
+            {"name": name[:120], "ms": us / 1e3, "calls": calls} for us, name, calls in found[:most]
+        ],
+    }

@@ -17,7 +17,9 @@ from gpu_models import as_transformers, model_config, random_weights
 from step_workload import Ours, WorkloadConfig, make_adapter
 from torch import Tensor
 
+from alchemist.protocol.layout import RowLayout
 from alchemist.trainer.families import ModelShape
+from alchemist.trainer.gpu_rows import GpuView
 from alchemist.trainer.lora import LoraAdapter
 from alchemist.trainer.optimizer import Optimizer, OptimizerConfig
 from alchemist.trainer.step import Objective, Sample
@@ -43,6 +45,21 @@ def make_samples(vocabulary: int, count: int, prompt: int, response: int) -> lis
         Sample(prompt_ids=ids(prompt), response_ids=ids(response), label=i % 2 == 0)
         for i in range(count)
     ]
+
+
+class OnDevice(Ours):
+    """The engine as it is on a GPU: rows are read in the order of its stream."""
+
+    @staticmethod
+    def view(
+        layout: RowLayout,
+        host: Sequence[Tensor],
+        k: Sequence[Tensor],
+        v: Sequence[Tensor],
+        gens: Tensor,
+        cells: Tensor,
+    ) -> GpuView:
+        return GpuView(layout, host, k, v, gens, cells, torch.zeros(2, dtype=torch.int64))
 
 
 class Model:
@@ -71,7 +88,7 @@ class Model:
 
     def engine(self) -> Ours:
         """The trainer's engine over these tensors."""
-        ours = Ours(BaseWeights(self.tensors, self.shape), WorkloadConfig(rank=RANK))
+        ours = OnDevice(BaseWeights(self.tensors, self.shape), WorkloadConfig(rank=RANK))
         ours.adapter = self.served
         return ours
 

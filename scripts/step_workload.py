@@ -112,6 +112,9 @@ def make_adapter(shape: ModelShape, config: WorkloadConfig) -> LoraAdapter:
 class Ours:
     """The replay engine over one model."""
 
+    view: Callable[..., ActivationView] = ActivationView
+    """What recorded rows are read through."""
+
     def __init__(self, weights: BaseWeights, config: WorkloadConfig) -> None:
         self.weights, self.shape = weights, weights.shape
         self.adapter = make_adapter(self.shape, config)
@@ -167,7 +170,7 @@ class Ours:
             rows = torch.where(slots < start + count, slots, -1)
             taken.append(dataclasses.replace(sample, recorded=Recorded(rows, slots, gens[slots])))
             start += n
-        self.engine.view = ActivationView(layout, host, k, v, gens, cells)
+        self.engine.view = self.view(layout, host, k, v, gens, cells)
         return taken
 
     def step(
