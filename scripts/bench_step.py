@@ -51,6 +51,12 @@ ROWS = {
     "sft_1024_64_vs_recompute": RowSpec("1024_64", "sft recompute", "sft recorded", 1.7),
     "kto_base_1024_64_vs_recompute": RowSpec("1024_64", "kto recompute", "kto recorded", 1.4),
     "dpo_base_1024_64_vs_recompute": RowSpec("1024_64", "dpo recompute", "dpo recorded", 1.4),
+    "kto_base_1024_64_decode_vs_recompute": RowSpec(
+        "1024_64", "kto recompute", "kto recorded decode", None
+    ),
+    "dpo_base_1024_64_decode_vs_recompute": RowSpec(
+        "1024_64", "dpo recompute", "dpo recorded decode", None
+    ),
     "served_1024_64_vs_recompute": RowSpec("1024_64", "kto recompute", "served recorded", 2.4),
     "kto_base_1024_64_vs_trl": RowSpec("1024_64", "kto trl", "kto recorded", 2.2),
     "sft_1024_64_vs_trl": RowSpec("1024_64", "sft trl", "sft recorded", None),

@@ -7,7 +7,7 @@ A name is an objective and a kind: `kto recorded`, `sft trl checkpointing`.
     trl         TRL + PEFT
 
 `apart` after one of the first two: each completion laid out by itself, so that nothing is shared. `whole`: the step is
-never split, however many tokens it has.
+never split, however many tokens it has. `recorded decode`: the responses have rows, too, as with `--record decode`.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from step_workload import (
 )
 from torch import Tensor
 
+from alchemist.trainer.rows import ActivationView
 from alchemist.trainer.step import Objective, Sample, StepGradients
 
 OBJECTIVES = {
@@ -70,7 +71,7 @@ class Variants:
         self._votes = list(samples or make_samples(config))
         self._num_recorded = num_recorded
         self._group = group or len(self._votes)
-        self._recorded: list[Sample] | None = None
+        self._recorded: tuple[list[Sample], ActivationView] | None = None
 
     def make(self, name: str) -> Callable[[], dict[str, Tensor]]:
         """A function that makes one step and returns the adapter's gradient by PEFT name."""
@@ -96,17 +97,20 @@ class Variants:
         objective_name, kind, *rest = name.split()
         ours, objective = self._engine(), OBJECTIVES[objective_name]
         samples = self._labelled(objective.name)
-        if kind == "recorded":
-            if self._recorded is None:
-                self._recorded = ours.record(self._votes, self._num_recorded)
+        view = None
+        if rest == ["decode"]:
+            samples, view = ours.record(samples, with_responses=True)
+        elif kind == "recorded":
+            self._recorded = self._recorded or ours.record(self._votes, self._num_recorded)
+            prompts, view = self._recorded
             # By prompt: the second answer of a pair has the first one's.
-            recorded = {tuple(s.prompt_ids): s.recorded for s in self._recorded}
+            recorded = {tuple(s.prompt_ids): s.recorded for s in prompts}
             samples = [
                 dataclasses.replace(s, recorded=recorded[tuple(s.prompt_ids)]) for s in samples
             ]
         groups = [samples[i : i + self._group] for i in range(0, len(samples), self._group)]
-        limit = _MAX_TOKENS[rest[0]] if rest else None
-        return lambda: [ours.step(group, objective, limit) for group in groups]
+        limit = _MAX_TOKENS.get(rest[0]) if rest else None
+        return lambda: [ours.step(group, objective, view, limit) for group in groups]
 
     def settings(self, name: str) -> dict[str, Any]:
         """TRL's settings of a variant."""

@@ -118,7 +118,6 @@ class Ours:
     def __init__(self, weights: BaseWeights, config: WorkloadConfig) -> None:
         self.weights, self.shape = weights, weights.shape
         self.adapter = make_adapter(self.shape, config)
-        self.engine = ReplayEngine(weights, self.shape)
 
     @classmethod
     def of(cls, model: Any, config: WorkloadConfig) -> Ours:
@@ -126,16 +125,24 @@ class Ours:
         return cls(BaseWeights(fused_from_hf(model), shape), config)
 
     def record(
-        self, samples: Sequence[Sample], num_recorded: Sequence[int] | None = None
-    ) -> list[Sample]:
-        """The samples with their prompts' rows in a fresh pool, row i = token i of the batch.
+        self,
+        samples: Sequence[Sample],
+        num_recorded: Sequence[int] | None = None,
+        *,
+        with_responses: bool = False,
+    ) -> tuple[list[Sample], ActivationView]:
+        """The samples with their prompts' rows in a fresh pool, row i = token i of the batch; and the pool's view.
 
         Args:
-            num_recorded: how many of each prompt's tokens have a row, from the first on; default: all.
+            num_recorded: how many of each sample's tokens have a row, from the first on; default: all.
+            with_responses: the responses' tokens have rows, too, as with `--record decode`.
         """
         shape, layout = self.shape, self.shape.row_layout(self.weights.dtype)
         device, dtype = self.weights.device, self.weights.dtype
-        total = sum(len(s.prompt_ids) for s in samples)
+        tokens = [
+            [*s.prompt_ids, *(s.response_ids[:-1] if with_responses else ())] for s in samples
+        ]
+        total = sum(len(ids) for ids in tokens)
         # As a server has them: a token's own slot first, then the borrowed ones of every row.
         size = layout.slots_per_row
         kv = (total * (1 + size), shape.num_kv_heads, shape.head_dim)
@@ -144,12 +151,14 @@ class Ours:
         host = [torch.zeros(0, layout.width, dtype=dtype) for _ in range(shape.num_layers)]
         cells = torch.arange(total, kv[0]).view(total, size)
         gens = torch.ones(total, dtype=torch.int64)
-        replay = self.engine.replay(Phases(device))
-        counts = num_recorded or [len(s.prompt_ids) for s in samples]
+        replay = ReplayEngine(self.weights, shape).replay(Phases(device))
+        counts = num_recorded or [len(ids) for ids in tokens]
         taken, start = [], 0
-        for sample, count in zip(samples, counts, strict=True):
-            n = len(sample.prompt_ids)
-            batch = TokenBatch([(sample.prompt_ids, [0])], [], [None], device)
+        for sample, ids, count in zip(samples, tokens, counts, strict=True):
+            n, prompt = len(ids), len(sample.prompt_ids)
+            # One more response token than there are rows: the last one is predicted and never read.
+            response = [*ids[prompt:], 0]
+            batch = TokenBatch([(sample.prompt_ids, response)], [], [None], device)
             kept = replay.forward(batch, self.adapter, gradient=True).kept
             for layer, values in enumerate(kept):
                 planes = [t[total:].view(total, -1) for t in (k[layer], v[layer])]
@@ -157,7 +166,7 @@ class Ours:
                     if field in ("keys", "values"):
                         continue
                     value: Tensor = getattr(values, field)
-                    # The last layer keeps, beyond keys and values, only its final token.
+                    # The last layer keeps, beyond x, keys and values, only the tokens that predict.
                     end = start + n
                     for plane, first, num_cells, offset in layout.parts(field):
                         part = value[:, offset : min(width, offset + num_cells * layout.cell)]
@@ -170,15 +179,23 @@ class Ours:
             rows = torch.where(slots < start + count, slots, -1)
             taken.append(dataclasses.replace(sample, recorded=Recorded(rows, slots, gens[slots])))
             start += n
-        self.engine.view = self.view(layout, host, k, v, gens, cells)
-        return taken
+        return taken, self.view(layout, host, k, v, gens, cells)
 
     def step(
-        self, samples: Sequence[Sample], objective: Objective, max_tokens: int | None = None
+        self,
+        samples: Sequence[Sample],
+        objective: Objective,
+        view: ActivationView | None = None,
+        max_tokens: int | None = None,
     ) -> StepGradients:
         """One step; `max_tokens`: where it is split, by default as the server would."""
-        self.engine.max_tokens = max_tokens or Config().train_max_tokens
-        return self.engine.gradients(samples, self.adapter, objective)
+        engine = ReplayEngine(
+            self.weights,
+            self.shape,
+            view=view,
+            max_tokens=max_tokens or Config().train_max_tokens,
+        )
+        return engine.gradients(samples, self.adapter, objective)
 
 
 def trl_settings(name: str, batch: int, checkpointing: bool, accumulate: int = 1) -> dict[str, Any]:

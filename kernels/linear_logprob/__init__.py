@@ -17,6 +17,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from alchemist.kernels.replay_linear import linear
+
 CHUNK_BYTES = 32 << 20
 
 
@@ -44,7 +46,7 @@ def linear_logprob(
     bounds = torch.arange(0, h_TD.shape[0] + size, size, device=rows_P.device)
     cuts = torch.searchsorted(rows_P, bounds).tolist()
     for i, start in enumerate(range(0, h_TD.shape[0], size)):
-        logits = (h_TD[start : start + size] @ weight_VD.T).to(wide)
+        logits = linear(h_TD[start : start + size], weight_VD).to(wide)
         pairs = slice(cuts[i], cuts[i + 1])
         logsumexp = torch.logsumexp(logits, dim=-1, keepdim=True)
         rows = rows_P[pairs] - start

@@ -16,6 +16,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+FEW_TOKENS = 512
+"""Where the rates of both ways of `linear` meet."""
+
 
 class LoraPart(NamedTuple):
     """An adapter on rows [start, end) of a fused weight. `a` is [R, D], `b` is [end − start, R].
@@ -63,6 +66,20 @@ def unread(shape: Sequence[int], like: Tensor) -> Tensor:
     return torch.full((1,), float("nan"), dtype=like.dtype, device=like.device).expand(*shape)
 
 
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x Wᵀ + bias, [T, E]; of few tokens on a CPU as the transposed view of a contiguous [E, T].
+
+    A CPU's matrix product packs its right-hand factor before it begins. Of few tokens the weight is by far the larger
+    one: on the left the product of 64 to 256 tokens is up to 1.2 times as fast, but only if their number is a multiple
+    of 16; else it is slower.
+    """
+    if x.is_cuda or x.shape[0] > FEW_TOKENS:
+        return torch.nn.functional.linear(x, weight, bias)
+    padded = torch.nn.functional.pad(x, (0, 0, 0, -x.shape[0] % 16)).T
+    y_ET = weight @ padded if bias is None else torch.addmm(bias[:, None], weight, padded)
+    return y_ET[:, : x.shape[0]].T
+
+
 class _Meta(NamedTuple):
     splits: tuple[int, ...]
     ranges: tuple[tuple[int, int, bool], ...]
@@ -85,17 +102,17 @@ class _ReplayLinear(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         if recorded is not None:
             return tuple(value.detach() for value in recorded)
-        y = torch.nn.functional.linear(x, weight, bias)
         ranges = zip(meta.ranges, lora[::2], lora[1::2], strict=True)
         live = [(start, end, a, b) for (start, end, is_zero), a, b in ranges if not is_zero]
+        y_TE = linear(x, weight, bias)
         if live:
             # One thin product for all: for few tokens each takes as long as one of twice its width.
             x_a = (x @ torch.cat([a for _, _, a, _ in live]).T).split(
                 [a.shape[0] for _, _, a, _ in live], dim=-1
             )
             for part, (start, end, _, b) in zip(x_a, live, strict=True):
-                y[:, start:end].addmm_(part, b.T, alpha=meta.scaling)
-        return y.split(meta.splits, dim=-1) if len(meta.splits) > 1 else (y,)
+                y_TE[:, start:end].addmm_(part, b.T, alpha=meta.scaling)
+        return tuple(y.contiguous() for y in y_TE.split(meta.splits, dim=-1))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:

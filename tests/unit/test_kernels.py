@@ -53,7 +53,7 @@ def assert_equal(found, expected):
         torch.testing.assert_close(a, b, **TOLERANCE)
 
 
-@pytest.mark.parametrize("num_tokens", [0, 1, 7])
+@pytest.mark.parametrize("num_tokens", [0, 1, 7, replay_linear.FEW_TOKENS + 1])
 @pytest.mark.parametrize("adapted", [(), (0,), (1, 2), (0, 1, 2)])
 def test_replay_linear(num_tokens, adapted):
     torch.manual_seed(0)
