@@ -8,7 +8,7 @@ rounding.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -17,10 +17,9 @@ from gpu_rows import MODELS
 from gpu_timing import free, in_turn, peak_bytes, profile, ratios
 from gpu_workload import (
     OBJECTIVES,
+    Batch,
     Model,
     PeftStep,
-    as_pairs,
-    labelled,
     make_samples,
     our_step,
     relative_error,
@@ -55,7 +54,7 @@ class StepBench:
         self._part, self._sizes = part, SIZES[part.tiny]
         self._device = torch.device(part.device)
         self._split = Config().train_max_tokens
-        self._recorded: tuple[Ours, list[Sample]] | None = None
+        self._recorded: tuple[Ours, Batch] | None = None
         part.config |= {
             "sizes": self._sizes._asdict(),
             "max_tokens": self._split,
@@ -92,12 +91,12 @@ class StepBench:
         wide = model.in_float32()
         samples = self._samples(model, sizes.accuracy_samples, sizes.accuracy_prompt, 64)
         exact_engine, engine = wide.engine(), model.engine()
-        recorded = engine.record(samples)
+        recorded, view = engine.record(samples)
         quotients, errors = [], []
         for plain, with_rows in zip(samples, recorded, strict=True):
-            exact = _gradient(exact_engine, plain)
-            ordinary = relative_error(_gradient(engine, plain), exact)
-            replayed = relative_error(_gradient(engine, with_rows), exact)
+            exact = _gradient(exact_engine, Batch([plain]))
+            ordinary = relative_error(_gradient(engine, Batch([plain])), exact)
+            replayed = relative_error(_gradient(engine, Batch([with_rows], view)), exact)
             quotients.append(replayed / ordinary)
             peft = PeftStep(model, [plain], "sft", checkpointing=False)
             errors.append((ordinary, replayed, relative_error(peft.gradient(), exact)))
@@ -153,25 +152,27 @@ class StepBench:
         key = "llama31_8b" if model.shape.architecture.startswith("Llama") else "qwen3_8b"
         samples = self._samples(model, sizes.batch, sizes.prompt, sizes.response)
         ours = model.engine()
-        recorded = ours.record(samples)
-        self._recorded = (ours, recorded)
-        self._gate(ours, samples, recorded)
+        kinds = {"recompute": Batch(samples), "recorded": Batch(*ours.record(samples))}
+        self._recorded = (ours, kinds["recorded"])
+        self._gate(ours, kinds)
         tokens = sizes.batch * (sizes.prompt + sizes.response)
-        times = self._compare(model, ours, "sft", samples, recorded)
+        times = self._compare(model, ours, "sft", kinds)
         for kind, row in (("recompute", "recompute"), ("recorded", "reuse")):
             speeds = [tokens / s for s in times[kind]]
             part.add(f"sft_tokens_per_s_{row}_{key}", speeds, against=f"{tokens} tokens a step")
         part.add(f"sft_reuse_vs_recompute_{key}", ratios(times["recompute"], times["recorded"]))
         part.config[f"phases_{key}"] = {
-            kind: dict(ours.step(labelled(batch, "sft"), OBJECTIVES["sft"], self._split).seconds)
-            for kind, batch in (("recompute", samples), ("recorded", recorded))
+            kind: dict(
+                ours.step(batch.of("sft"), OBJECTIVES["sft"], batch.view, self._split).seconds
+            )
+            for kind, batch in kinds.items()
         }
-        part.attempt("profile", lambda: self._profile(model, ours, samples, recorded), [], 5)
+        part.attempt("profile", lambda: self._profile(model, ours, kinds), [], 5)
         if key != "qwen3_8b":
             return
         of = {"sft": times}
-        of["kto"] = self._compare(model, ours, "kto", samples, recorded)
-        of["dpo"] = self._compare(model, ours, "dpo", as_pairs(samples), as_pairs(recorded))
+        of["kto"] = self._compare(model, ours, "kto", kinds)
+        of["dpo"] = self._compare(model, ours, "dpo", kinds)
         for objective in ("dpo", "kto"):
             quotients = ratios(of[objective]["recompute"], of[objective]["recorded"])
             part.add(f"{objective}_base_reuse_vs_recompute", quotients)
@@ -184,25 +185,24 @@ class StepBench:
             )
         short = sizes.prompt // 60
         whole = self._samples(model, sizes.batch, short, sizes.prompt + sizes.response - short)
-        step = our_step(model, ours, whole, "sft", self._split)
+        step = our_step(model, ours, Batch(whole), "sft", self._split)
         found = in_turn(self._device, {"": step}, 2)[""]
         part.add("sft_all_loss_tokens_per_s_recompute", [tokens / s for s in found])
 
-    def _profile(
-        self, model: Model, ours: Ours, samples: Sequence[Sample], recorded: Sequence[Sample]
-    ) -> None:
+    def _profile(self, model: Model, ours: Ours, kinds: Mapping[str, Batch]) -> None:
         """Where the two steps' time goes: what a missed bar is looked up in."""
         self._part.config[f"profile_{model.shape.architecture}"] = {
             kind: profile(self._device, our_step(model, ours, batch, "sft", self._split))
-            for kind, batch in (("recompute", samples), ("recorded", recorded))
+            for kind, batch in kinds.items()
         }
 
     def _peft_name(self, objective: str) -> str:
         has = self._part.config["peft_checkpointing"][objective]
         return "transformers + PEFT, TRL's loss" + (", gradient checkpointing" if has else "")
 
-    def _gate(self, ours: Ours, samples: Sequence[Sample], recorded: Sequence[Sample]) -> None:
-        error = relative_error(_gradient(ours, *recorded), _gradient(ours, *samples))
+    def _gate(self, ours: Ours, kinds: Mapping[str, Batch]) -> None:
+        exact = _gradient(ours, kinds["recompute"])
+        error = relative_error(_gradient(ours, kinds["recorded"]), exact)
         self._part.config.setdefault("gate", []).append(error)
         if not error <= GATE:
             raise SystemExit(
@@ -210,16 +210,11 @@ class StepBench:
             )
 
     def _compare(
-        self,
-        model: Model,
-        ours: Ours,
-        objective: str,
-        samples: Sequence[Sample],
-        recorded: Sequence[Sample],
+        self, model: Model, ours: Ours, objective: str, kinds: Mapping[str, Batch]
     ) -> dict[str, list[float]]:
         steps = {
             kind: our_step(model, ours, batch, objective, self._split)
-            for kind, batch in (("recompute", samples), ("recorded", recorded))
+            for kind, batch in kinds.items()
         }
         times = in_turn(self._device, steps, self._sizes.repeats)
         for kind, seconds in times.items():
@@ -230,11 +225,11 @@ class StepBench:
     def _memory(self, model: Model, theirs: int) -> None:
         """One row of 4k tokens against PEFT's, then as many as are recorded, never split, in PEFT's peak."""
         assert self._recorded is not None
-        ours, recorded = self._recorded
-        found = {
-            count: peak_bytes(self._device, our_step(model, ours, recorded[:count], "sft", WHOLE))
-            for count in (1, len(recorded))
-        }
+        ours, (samples, view) = self._recorded
+        found = {}
+        for count in (1, len(samples)):
+            step = our_step(model, ours, Batch(samples[:count], view), "sft", WHOLE)
+            found[count] = peak_bytes(self._device, step)
         self._part.config["peak_bytes"] = {"peft, 1 row": theirs} | {
             f"ours, {count} rows": peak for count, peak in found.items()
         }
@@ -245,9 +240,9 @@ class StepBench:
         self._part.add("tokens_same_memory_vs_peft", float(most), against=against)
 
 
-def _gradient(ours: Ours, *samples: Sample) -> dict[str, torch.Tensor]:
+def _gradient(ours: Ours, batch: Batch) -> dict[str, torch.Tensor]:
     limit = Config().train_max_tokens
-    found = ours.step(labelled(samples, "sft"), OBJECTIVES["sft"], limit).grads
+    found = ours.step(batch.of("sft"), OBJECTIVES["sft"], batch.view, limit).grads
     return {name: g.clone() for name, g in found.items()}
 
 

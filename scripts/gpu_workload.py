@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from gpu_models import as_transformers, model_config, random_weights
@@ -22,6 +22,7 @@ from alchemist.trainer.families import ModelShape
 from alchemist.trainer.gpu_rows import GpuView
 from alchemist.trainer.lora import LoraAdapter
 from alchemist.trainer.optimizer import Optimizer, OptimizerConfig
+from alchemist.trainer.rows import ActivationView
 from alchemist.trainer.step import Objective, Sample
 from alchemist.trainer.weights import BaseWeights
 
@@ -45,6 +46,20 @@ def make_samples(vocabulary: int, count: int, prompt: int, response: int) -> lis
         Sample(prompt_ids=ids(prompt), response_ids=ids(response), label=i % 2 == 0)
         for i in range(count)
     ]
+
+
+class Batch(NamedTuple):
+    """Completions of one step."""
+
+    samples: list[Sample]
+    view: ActivationView | None = None
+    """Of their recorded rows; None: nothing is recorded."""
+
+    def of(self, objective: str) -> list[Sample]:
+        """As an objective takes them: sft learns from up-votes only, dpo from pairs."""
+        if objective == "sft":
+            return [dataclasses.replace(sample, label=True) for sample in self.samples]
+        return as_pairs(self.samples) if objective == "dpo" else self.samples
 
 
 class OnDevice(Ours):
@@ -108,15 +123,15 @@ def _on(adapter: LoraAdapter, device: torch.device) -> LoraAdapter:
 
 
 def our_step(
-    model: Model, ours: Ours, samples: Sequence[Sample], objective: str, max_tokens: int
+    model: Model, ours: Ours, batch: Batch, objective: str, max_tokens: int
 ) -> Callable[[], None]:
     """One training step as the trainer makes it: gradient at the served adapter, update of the masters, rounding."""
-    samples = labelled(samples, objective)
+    samples = batch.of(objective)
     masters = model.masters.clone()
     optimizer = Optimizer(masters.weights, OptimizerConfig(learning_rate=1e-5))
 
     def step() -> None:
-        found = ours.step(samples, OBJECTIVES[objective], max_tokens)
+        found = ours.step(samples, OBJECTIVES[objective], batch.view, max_tokens)
         optimizer.step(found.grads)
         masters.as_served(model.dtype, model.device)
 
@@ -155,7 +170,7 @@ class PeftStep:
         for name, parameter in self.parameters.items():
             # What has served, rounded as it was, so that gradients can be compared.
             parameter.data.copy_(model.served.weights[name])
-        self._samples = labelled(samples, objective)
+        self._samples = Batch(list(samples)).of(objective)
         self._optimizer = torch.optim.AdamW(self.parameters.values(), lr=1e-5)
 
     def step(self) -> None:
@@ -199,13 +214,6 @@ class PeftStep:
             ratio = self._logps(*sample.pair).sum() - base
             signed = ratio - kl if sample.label else kl - ratio
             ((1 - torch.sigmoid(BETA * signed)) / count).backward()
-
-
-def labelled(samples: Sequence[Sample], objective: str) -> list[Sample]:
-    """As an objective takes them: sft learns from up-votes only."""
-    if objective != "sft":
-        return list(samples)
-    return [dataclasses.replace(sample, label=True) for sample in samples]
 
 
 def as_pairs(samples: Sequence[Sample]) -> list[Sample]:
