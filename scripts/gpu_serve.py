@@ -25,6 +25,8 @@ class Sizes(NamedTuple):
     """requests of each kind and length"""
     answer: int
     """tokens where TPOT is measured"""
+    answers: int
+    """of each server there"""
     slots: int
     """KV slots of the server that records prompts: a row of an 8B model takes 21 of them"""
     decode_slots: int
@@ -32,8 +34,8 @@ class Sizes(NamedTuple):
 
 
 SIZES = {
-    False: Sizes(1, 16, 128, 200_000, 60_000, 3),
-    True: Sizes(32, 2, 8, 8192, 8192, 1),
+    False: Sizes(1, 16, 128, 8, 200_000, 60_000, 3),
+    True: Sizes(32, 2, 8, 2, 8192, 8192, 1),
 }
 SMALL_GPU_SLOTS = 130_000
 """Where the GPU has less than 100 GiB: prompts of 8k tokens are then recorded in part."""
@@ -52,18 +54,9 @@ class ServeBench:
         if part.device == "cuda" and total_gib() < 100:
             slots = SMALL_GPU_SLOTS
         before = device_bytes(part, [])
-        record = (
-            "--record",
-            "prefill",
-            "--activation-host-gb",
-            "8GiB" if not part.tiny else "64MiB",
-        )
-        decode = (
-            "--record",
-            "decode",
-            "--activation-host-gb",
-            "1GiB" if not part.tiny else "64MiB",
-        )
+        host = ("64MiB", "64MiB") if part.tiny else ("8GiB", "1GiB")
+        record = ("--record", "prefill", "--activation-host-gb", host[0])
+        decode = ("--record", "decode", "--activation-host-gb", host[1])
         flags = Flags.of(part, slots)
         self.prefill = Server.alchemist("prefill", flags, self._folder, *record)
         flags = Flags.of(part, self._sizes.decode_slots)
@@ -101,7 +94,7 @@ class ServeBench:
         asked = [next(prompts(self._part, length, seed=length)) for length in lengths]
         found: dict[bool, list[Any]] = {}
         for is_recorded in (False, True):
-            self.prefill.http.post("/flush_cache").raise_for_status()
+            self.prefill.flush_cache()
             answers = [self.prefill.generate(p, 24, is_recorded=is_recorded) for p in asked]
             found[is_recorded] = [a["meta_info"]["output_token_logprobs"] for a in answers]
         for off, on in zip(found[False], found[True], strict=True):
@@ -147,7 +140,7 @@ class ServeBench:
         for server in self.servers:
             server.stream(next(draw), self._sizes.answer)
         ratios = []
-        for i in range(self._sizes.pairs):
+        for i in range(self._sizes.answers):
             times = {}
             for server in self.servers if i % 2 else reversed(self.servers):
                 times[server.name] = server.stream(next(draw), self._sizes.answer).tpot_ms

@@ -83,6 +83,15 @@ class Server(Target):
         found: dict[str, Any] = self.http.get("/v1/training").raise_for_status().json()
         return found
 
+    def flush_cache(self) -> None:
+        """Forget every prefix; refused for a moment while the last request is being finished."""
+        for _ in range(20):
+            answer = self.http.post("/flush_cache")
+            if answer.is_success:
+                return
+            time.sleep(0.1)
+        answer.raise_for_status()
+
     def generate(
         self, ids: Sequence[int], tokens: int, *, is_recorded: bool = True, **more: Any
     ) -> dict[str, Any]:
