@@ -19,7 +19,7 @@ from gpu_part import Part
 from gpu_timing import in_turn, ratios
 from torch import Tensor
 
-from alchemist.kernels.path_attention import PathBlock, flashinfer, path_attention
+from alchemist.kernels.path_attention import PathBlock, path_attention
 
 SCRIPT = Path(__file__).parents[1] / "tests" / "kernel_accuracy.py"
 DTYPES = ("bfloat16", "float32")
@@ -119,6 +119,8 @@ def attention(part: Part) -> None:
 
 def flashinfer_forward(part: Part) -> None:
     """Whether the missing rows' forward should be FlashInfer's."""
+    from alchemist.kernels.path_attention import flashinfer
+
     if not flashinfer.is_available():
         raise RuntimeError("flashinfer is not installed")
     device = torch.device(part.device)
