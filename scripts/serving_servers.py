@@ -15,6 +15,8 @@ from typing import Any
 import httpx
 
 ROOT = Path(__file__).parents[1]
+VOTES = 600
+"""Votes waiting when a turn begins: more than any turn can train."""
 
 
 class Target:
@@ -93,10 +95,10 @@ class Backlog:
     would not do: threads that wait for one another use it, too.
     """
 
-    def __init__(self, target: Target, *, prompt: int = 400, votes: int = 600) -> None:
+    def __init__(self, target: Target, *, prompt: int = 400, votes: int = VOTES) -> None:
         """Args:
         prompt: tokens of the prompts that were answered.
-        votes: waiting when a turn begins; more than any turn can train.
+        votes: waiting when a turn begins.
         """
         self._http, self._prompt, self._votes = target.http, prompt, votes
         self._user = 0
