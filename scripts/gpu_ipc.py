@@ -161,6 +161,7 @@ class IpcBench:
     def _many_peers(self) -> None:
         # The first ones pay for what stays: the driver's own tables.
         self._generation(AT_ONCE)
+        time.sleep(1.0)
         descriptors, used = _num_descriptors(), self._used_bytes()
         opened = []
         for _ in range(PEERS // AT_ONCE):

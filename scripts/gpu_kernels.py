@@ -24,6 +24,8 @@ from alchemist.kernels.path_attention import PathBlock, path_attention
 SCRIPT = Path(__file__).parents[1] / "tests" / "kernel_accuracy.py"
 DTYPES = ("bfloat16", "float32")
 FACTORS = {"max": 2.0, "rms": 1.25}
+READ_S = 5.0
+"""Kept for reading what was found."""
 NO_RATIO = 1e6
 """Where PyTorch is exact and the kernel is not, by more than a rounding."""
 
@@ -50,9 +52,14 @@ def measure(part: Part) -> None:
     found: list[dict[str, Any]] = []
     failures = []
     for dtype, (output, process) in runs.items():
-        status = process.wait()
+        try:
+            status = process.wait(max(1.0, part.left - READ_S))
+        except subprocess.TimeoutExpired:
+            # What was compared counts even if the rest is not there in time.
+            process.kill()
+            status = process.wait()
         output.seek(0)
-        found += [json.loads(line) for line in output if line.startswith("{")]
+        found += [json.loads(line) for line in output if line[0] == "{" and line[-1] == "\n"]
         output.close()
         if status:
             failures.append(f"{dtype}: {SCRIPT.name} ended with status {status}")

@@ -54,7 +54,11 @@ class Lives:
             "bare_context": context,
             "weights": self._weights,
         }
-        part.add("one_copy_server", extra / self._weights, against="nvidia-smi, all processes")
+        part.add(
+            "one_copy_server",
+            extra / self._weights,
+            against="the device's own count, all processes",
+        )
 
     def trainer_death(self) -> None:
         part, server = self._part, self.servers[0]

@@ -101,12 +101,13 @@ def model_directory(key: str, folder: Path, *, is_tiny: bool) -> Path:
     if path.is_dir():
         return path
     from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
+    from transformers import GenerationConfig, PreTrainedTokenizerFast
 
     config = model_config(key, is_tiny=False)
     temporary = folder / f"{key}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     config.save_pretrained(temporary)
+    GenerationConfig(eos_token_id=config.eos_token_id).save_pretrained(temporary)
     words = {f"t{i}": i for i in range(config.vocab_size)}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="t0"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import httpx
 import psutil
+import torch
 from gpu_models import model_config, model_directory
 from gpu_part import Part
 from process_figures import shared_bytes
@@ -209,15 +210,8 @@ def prompts(part: Part, length: int, seed: int) -> Iterator[list[int]]:
 def device_bytes(part: Part, servers: Sequence[Server]) -> int:
     """In use on the GPU by everybody; without one, shared memory that the servers' processes map."""
     if part.device == "cuda":
-        command = [
-            "nvidia-smi",
-            "--query-gpu=memory.used",
-            "--format=csv,noheader,nounits",
-            "-i",
-            "0",
-        ]
-        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30)
-        return int(done.stdout.splitlines()[0]) << 20
+        free, total = torch.cuda.mem_get_info()
+        return int(total - free)
     maps = []
     for server in servers:
         with contextlib.suppress(psutil.NoSuchProcess):
@@ -230,9 +224,7 @@ def device_bytes(part: Part, servers: Sequence[Server]) -> int:
 
 def total_gib() -> float:
     """Memory of the GPU."""
-    command = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits", "-i", "0"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30)
-    return int(done.stdout.splitlines()[0]) / 1024
+    return float(torch.cuda.mem_get_info()[1] / 2**30)
 
 
 @contextlib.contextmanager
