@@ -69,16 +69,16 @@ class Server(Target):
 
     def wait_ready_by(self, part: Part) -> None:
         """Raises RuntimeError with the log's end: it ended, or is not ready when the part's time is nearly up."""
-        while part.left > 10:
-            if self.process.poll() is not None:
-                break
+        while part.left > 10 and self.process.poll() is None:
             with contextlib.suppress(httpx.TransportError):
                 if self.http.get("/health").status_code == 200:
                     return
             time.sleep(0.3)
-        tail = self.log.read_text(errors="replace")[-1500:]
+        tail = self.log.read_text(errors="replace")[-3000:]
         print(tail, flush=True)
-        raise RuntimeError(f"server {self.name} did not start: {_last_error(tail)}")
+        if self.process.poll() is None:
+            raise RuntimeError(f"server {self.name} was not ready in time")
+        raise RuntimeError(f"server {self.name} ended: {_last_error(tail)}")
 
     def status(self) -> dict[str, Any]:
         found: dict[str, Any] = self.http.get("/v1/training").raise_for_status().json()
