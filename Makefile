@@ -22,7 +22,7 @@ check: setup ## lint, format, types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	@mkdir -p .mypy_src/alchemist && for d in protocol server trainer kernels; do ln -sfn ../../$$d .mypy_src/alchemist/$$d; done
-	MYPYPATH=.mypy_src $(BIN)/mypy -p alchemist.protocol -m alchemist.server.config -m alchemist.server.pool -m alchemist.server.ledger
+	MYPYPATH=.mypy_src $(BIN)/mypy -p alchemist.protocol -m alchemist.server.config -m alchemist.server.options -m alchemist.server.pool -m alchemist.server.ledger
 
 format: setup
 	$(BIN)/ruff format .

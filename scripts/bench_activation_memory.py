@@ -15,11 +15,9 @@ cannot hold the rows of all of them.
 
 from __future__ import annotations
 
-import argparse
 import os
 import random
 import re
-import signal
 import sys
 import tempfile
 import threading
@@ -29,8 +27,8 @@ from typing import Any, NamedTuple
 
 from activation_options import activation_rows, budget_flags, full_status
 from bench_common import Row, Run, progress
-from bench_serving import Target
-from serving_targets import ALCHEMIST, finish_training, started
+from serving_servers import ALCHEMIST, Target
+from serving_targets import finish_training, started
 
 from alchemist.server.main import TINY_MODEL
 
@@ -157,9 +155,7 @@ def rows(measured: dict[float, Measured]) -> list[Row]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Run.parser(__doc__)
     parser.add_argument("--model", default=str(TINY_MODEL), help="directory (default: embedded)")
     parser.add_argument(
         "--max-total-tokens", type=int, default=32768, help="size of the KV pool (default: 32768)"
@@ -168,10 +164,7 @@ def main() -> None:
     parser.add_argument("--prompt-len", type=int, default=256, help="tokens (default: 256)")
     parser.add_argument("--activation-host-gb", type=float, default=2.0, help="(default: 2)")
     parser.add_argument("--server-args", default="", help="further flags of Alchemist, in one word")
-    Run.add_arguments(parser)
-    options = parser.parse_args()
-    # However this ends, its server ends.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by a signal"))
+    options = Run.parse(parser)
     options.prompts = options.prompts or (32 if options.quick else 96)
     run = Run("activation_memory", options)
     run.config = {"model": os.path.relpath(options.model, ROOT)}

@@ -22,11 +22,9 @@ counters; the hit rate is of the answers' `cached_tokens`.
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import os
 import random
-import signal
 import sys
 import tempfile
 import time
@@ -37,8 +35,8 @@ from typing import Any, NamedTuple
 import httpx
 from activation_options import activation_rows, budget_flags, full_status
 from bench_common import Row, Run, progress
-from bench_serving import Target
-from serving_targets import ALCHEMIST, PLAIN, started
+from serving_servers import ALCHEMIST, PLAIN, Target
+from serving_targets import started
 from sglang_figures import LOG_EVERY_BATCH, batches, metric_sums
 
 from alchemist.server.main import TINY_MODEL
@@ -224,9 +222,7 @@ def require_saturated(plain: Played) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Run.parser(__doc__)
     parser.add_argument("--model", default=str(TINY_MODEL), help="directory (default: embedded)")
     parser.add_argument(
         "--max-total-tokens", type=int, default=4096, help="size of the KV pool (default: 4096)"
@@ -242,10 +238,7 @@ def main() -> None:
         "--activation-host-gb", type=float, default=1.0, help="GiB of the host tier (default: 1)"
     )
     parser.add_argument("--server-args", default="", help="further flags of Alchemist, in one word")
-    Run.add_arguments(parser)
-    options = parser.parse_args()
-    # However this ends, its server ends.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by a signal"))
+    options = Run.parse(parser)
     options.conversations = options.conversations or (16 if options.quick else 48)
     trace = build_trace(options.conversations, options.turns)
     run = Run("capacity", options)

@@ -11,6 +11,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import signal
 import statistics
 import subprocess
 import sys
@@ -103,12 +104,24 @@ class Run:
         self.config: dict[str, Any] = {}
 
     @staticmethod
-    def add_arguments(parser: argparse.ArgumentParser) -> None:
+    def parser(doc: str | None) -> argparse.ArgumentParser:
+        """A parser with the options that all benchmarks share; `doc`: the benchmark's docstring, its help."""
+        parser = argparse.ArgumentParser(
+            description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
         parser.add_argument(
             "--json", metavar="FILE", help="write the result here; -: standard output"
         )
         parser.add_argument("--quick", action="store_true", help="the same rows from fewer repeats")
         parser.add_argument("--only", metavar="NAME[,NAME]", help="only these rows")
+        return parser
+
+    @staticmethod
+    def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
+        """The options given. However the benchmark ends from here on, by a signal too, its servers end."""
+        options = parser.parse_args()
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by a signal"))
+        return options
 
     def wants(self, name: str) -> bool:
         return not self.options.only or name in self.options.only.split(",")

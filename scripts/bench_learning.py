@@ -22,7 +22,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import os
-import signal
 import statistics
 import sys
 import tempfile
@@ -37,10 +36,10 @@ import yaml
 from bench_common import Row, Run, progress, quartiles
 from learning_report import Results, compare, plot_curves
 from rich.console import Console
-from serving_servers import Target
+from serving_servers import ALCHEMIST, Target
 from simulate_users import Rule, parse, simulate
 
-from alchemist.server.config import TINY_OPTIONS
+from alchemist.server.options import TINY_OPTIONS
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -103,16 +102,11 @@ METRICS = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Run.parser(__doc__)
     parser.add_argument("--votes", type=int, default=0, help="per run (default: 200; quick: 64)")
     parser.add_argument("--seeds", type=int, default=1, help="runs of everything (default: 1)")
     parser.add_argument("--plot", metavar="FILE", help="write the curves here, as PNG")
-    Run.add_arguments(parser)
-    options = parser.parse_args()
-    # However this ends, its server ends.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by a signal"))
+    options = Run.parse(parser)
     # Two threads that wait for each other crawl on a busy machine; servers inherit it.
     os.environ["OMP_NUM_THREADS"] = "1"
     options.votes = options.votes or (64 if options.quick else 200)
@@ -181,23 +175,14 @@ def one_run(
         folder = Path(name)
         server = [f"--{key}={value}" for key, value in learns.server.items()]
         server += ["--config", str(TINY_OPTIONS), "--seed", str(seed)]
-        target = Target(
-            "alchemist",
-            ["-m", "alchemist.server"],
-            [*server, "--data-dir", str(folder / "data")],
-            folder,
-        )
-        try:
+        server += ["--data-dir", str(folder / "data")]
+        with Target("alchemist", ALCHEMIST, server, folder) as target:
             target.wait_ready()
             users = [*likes.users, *learns.users]
             users += ["--url", target.url, "--votes", str(options.votes), "--seed", str(seed)]
             # All get the same number of votes, content or not.
             users += ["--until", "2", "--eval-questions", "40" if options.quick else "120"]
             return asyncio.run(simulate(parse(users), likes.rule, Console(quiet=True), before))
-        finally:
-            target.http.close()
-            target.process.send_signal(signal.SIGTERM)
-            target.wait_ended()
 
 
 def rows(name: str, runs: list[dict[str, Any]]) -> list[Row]:

@@ -14,9 +14,7 @@ comes. With the chance p of a vote it pays from n = fixed / (p · saved − per_
 
 from __future__ import annotations
 
-import argparse
 import random
-import signal
 import statistics
 import sys
 import tempfile
@@ -26,7 +24,7 @@ from typing import Any
 
 import psutil
 from bench_common import Row, Run, progress, quartiles
-from serving_servers import Target
+from serving_servers import ALCHEMIST, Target
 
 from alchemist.server.main import TINY_MODEL
 
@@ -142,13 +140,7 @@ def measure(run: Run, none: Side, recording: Side, requests: int, batch: int) ->
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    Run.add_arguments(parser)
-    options = parser.parse_args()
-    # However this ends, its servers end.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by a signal"))
+    options = Run.parse(Run.parser(__doc__))
     run = Run("record", options)
     requests, batch = (16, 4) if options.quick else (200, 16)
     run.config = {"requests": requests, "votes": batch}
@@ -160,7 +152,7 @@ def main() -> None:
                 flags = ["--model-path", str(TINY_MODEL), "--data-dir", str(folder / record)]
                 flags += ["--record", record, "--objective", "sft"]
                 flags += ["--train-batch-size", str(batch), "--train-max-wait", "600"]
-                targets.append(Target(record, ["-m", "alchemist.server"], flags, folder))
+                targets.append(Target(record, ALCHEMIST, flags, folder))
             for target in targets:
                 target.wait_ready()
                 target.http.post("/v1/training/pause").raise_for_status()

@@ -11,11 +11,9 @@ gate: the engine's log-probabilities are repeatable and finite for every sequenc
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import math
 import random
-import signal
 import statistics
 import sys
 import tempfile
@@ -25,7 +23,7 @@ from typing import Any
 
 import httpx
 from bench_common import Row, Run, progress, quartiles
-from serving_servers import Target
+from serving_servers import ALCHEMIST, Target
 
 from alchemist.server.main import TINY_MODEL
 
@@ -121,21 +119,14 @@ def measure(run: Run, target: Target, rounds: int, shared: int, prompt: int) -> 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    Run.add_arguments(parser)
-    options = parser.parse_args()
-    # However this ends, its server ends.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by a signal"))
+    options = Run.parse(Run.parser(__doc__))
     run = Run("reference", options)
     run.config = {"batch": BATCH}
     with tempfile.TemporaryDirectory(prefix="bench-reference-") as name:
         folder = Path(name)
         flags = ["--model-path", str(TINY_MODEL), "--data-dir", str(folder / "data")]
         flags += ["--train-batch-size", str(BATCH), "--train-max-wait", "600"]
-        target = Target("reference", ["-m", "alchemist.server"], flags, folder)
-        try:
+        with Target("reference", ALCHEMIST, flags, folder) as target:
             target.wait_ready()
             # The first version: what v0 served needs no reference pass.
             votes = Votes(target.url, 1500)
@@ -143,9 +134,6 @@ def main() -> None:
             votes.train()
             for shared, prompt in ((0, 512), (512, 768)):
                 measure(run, target, 2 if options.quick else 5, shared, prompt)
-        finally:
-            target.process.send_signal(signal.SIGTERM)
-            target.wait_ended()
     run.finish()
 
 

@@ -26,7 +26,6 @@ import argparse
 import asyncio
 import os
 import random
-import signal
 import statistics
 import sys
 import tempfile
@@ -38,10 +37,10 @@ from typing import Any, NamedTuple
 import httpx
 from activation_options import budget_flags, full_status
 from bench_common import Row, Run, progress, quartiles
-from bench_serving import Target
 from chat_trace import Chat, LogNormal, Turn, build, read_questions
 from reuse_figure import by_delay, plot
-from serving_targets import ALCHEMIST, finish_training, started
+from serving_servers import ALCHEMIST, Target
+from serving_targets import finish_training, started
 
 from alchemist.server.main import TINY_MODEL
 
@@ -161,8 +160,6 @@ def row_name(what: str, budget: float, policy: str | None, is_first: bool) -> st
 
 def main() -> None:
     options = parse()
-    # However this ends, its server ends.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by a signal"))
     think = LogNormal(options.think_median, options.think_sigma, options.think_longest)
     delay = LogNormal(options.delay_median, options.delay_sigma, options.delay_longest)
     length_s = 2 * delay.longest + 60 * options.minutes
@@ -259,9 +256,7 @@ def measure(
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Run.parser(__doc__)
     parser.add_argument("--trace", type=Path, required=True, metavar="FILE.jsonl", help="questions")
     parser.add_argument("--model", default=str(TINY_MODEL), help="directory (default: embedded)")
     parser.add_argument(
@@ -290,8 +285,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--server-args", default="", help="further flags of Alchemist, in one word")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the curve")
-    Run.add_arguments(parser)
-    options = parser.parse_args()
+    options = Run.parse(parser)
     quick = options.quick
     options.budgets = options.budgets or ([0, 0.25] if quick else [0, 0.125, 0.25, 0.5, 1, 2])
     options.minutes = options.minutes or (1.5 if quick else 10)

@@ -27,7 +27,6 @@ from __future__ import annotations
 import argparse
 import math
 import os
-import signal
 import statistics
 import sys
 import tempfile
@@ -38,7 +37,7 @@ from pathlib import Path
 from bench_common import Run, progress
 from serving_load import Load, Timing
 from serving_report import Measured, Slo, report_group, report_saturation
-from serving_servers import ROOT, Backlog, Target
+from serving_servers import ALCHEMIST, PLAIN, ROOT, Backlog, Target
 
 from alchemist.server.main import TINY_MODEL
 
@@ -57,9 +56,7 @@ SLO_SCALE = 5.0
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Run.parser(__doc__)
     parser.add_argument(
         "--model", default=str(TINY_MODEL), help="model directory (default: the embedded one)"
     )
@@ -85,10 +82,7 @@ def main() -> None:
     parser.add_argument(
         "--slo-tpot-ms", type=float, default=0.0, help="target of slo (default: measured)"
     )
-    Run.add_arguments(parser)
-    options = parser.parse_args()
-    # However this ends, its servers end.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by a signal"))
+    options = Run.parse(parser)
     run = Run("serving", options)
     run.config = {"model": os.path.relpath(options.model, ROOT)}
     with tempfile.TemporaryDirectory(prefix="bench-serving-") as name:
@@ -159,7 +153,7 @@ class Bench:
         options = self._options
         model = ["--model-path", options.model]
         if name == "plain":
-            return Target(name, ["scripts/plain_sglang.py"], model, self._folder)
+            return Target(name, PLAIN, model, self._folder)
         flags = {
             "off": ["--no-train", "--record", "none"],
             "recording": [],
@@ -169,7 +163,7 @@ class Bench:
             "none": ["--lease-policy", "none"],
         }
         args = [*model, "--data-dir", str(self._folder / name), "--train-batch-size", "16"]
-        return Target(name, ["-m", "alchemist.server"], [*args, *flags[name]], self._folder)
+        return Target(name, ALCHEMIST, [*args, *flags[name]], self._folder)
 
     def _saturation(self, plain: Target) -> float:
         """Requests a second when more are there than can run together: the median of a few bursts."""

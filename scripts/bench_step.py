@@ -186,14 +186,13 @@ def measure_memory(run: Run, peaks: Peaks, config: WorkloadConfig, quick: bool) 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    Run.add_arguments(parser)
+    parser = Run.parser(__doc__)
     parser.add_argument(
         "--lengths", type=Path, metavar="FILE", help=f"labelled conversations, for {LENGTHS_ROW}"
     )
     parser.add_argument("--peak-of", help=argparse.SUPPRESS)
     parser.add_argument("--peak-batch", type=int, help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    options = Run.parse(parser)
     cpu.prepare()
     quick, lengths = options.quick, options.lengths
     if options.peak_of:

@@ -15,7 +15,6 @@ torch counts (`step_flops.py`).
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import statistics
 import time
@@ -165,10 +164,9 @@ def whole_step(variants: Variants, name: str, found: list[dict[str, float]]) -> 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    Run.add_arguments(parser)
+    parser = Run.parser(__doc__)
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the three parts")
-    options = parser.parse_args()
+    options = Run.parse(parser)
     parts = options.only.split(",") if options.only else list(PARTS)
     if unknown := sorted(set(parts) - set(PARTS)):
         parser.error(f"--only: no part {', '.join(unknown)}; parts are {', '.join(PARTS)}")

@@ -14,7 +14,7 @@ from pathlib import Path
 import msgspec
 from bench_common import machine, progress
 from serving_load import Load
-from serving_servers import Backlog, Target
+from serving_servers import ALCHEMIST, Backlog, Target
 
 from alchemist.server.main import TINY_MODEL
 from alchemist.server.slo import Observation
@@ -33,8 +33,7 @@ def main() -> None:
         args = ["--model-path", str(TINY_MODEL), "--data-dir", str(Path(name) / "data")]
         args += ["--lease-policy", "slo", "--slo-ttft-ms", str(TTFT_MS)]
         args += ["--slo-tpot-ms", str(TPOT_MS)]
-        target = Target("slo", ["-m", "alchemist.server"], args, Path(name))
-        try:
+        with Target("slo", ALCHEMIST, args, Path(name)) as target:
             load = Load(str(TINY_MODEL), 512, OUTPUT_LEN)
             target.wait_ready()
             load.run(target.url, 4, math.inf, seed=99)
@@ -53,8 +52,6 @@ def main() -> None:
                 ]
                 phases.append({"load": label, "requests": msgspec.to_builtins(seen)})
             backlog.stop()
-        finally:
-            Target.end([target])
     trace = {
         "machine": machine(),
         "targets": {"ttft_ms": TTFT_MS, "tpot_ms": TPOT_MS},

@@ -15,12 +15,14 @@ from typing import Any
 import httpx
 
 ROOT = Path(__file__).parents[1]
+PLAIN = ["scripts/plain_sglang.py"]
+ALCHEMIST = ["-m", "alchemist.server"]
 VOTES = 600
 """Votes waiting when a turn begins: more than any turn can train."""
 
 
 class Target:
-    """One server under test."""
+    """One server under test. As a context manager it ends with the block."""
 
     def __init__(self, name: str, module: list[str], args: list[str], folder: Path) -> None:
         self.name = name
@@ -56,6 +58,12 @@ class Target:
             f"server {self.name} did not start; its log: {self.log}\n{self.log.read_text()[-3000:]}"
         )
 
+    def __enter__(self) -> Target:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.end([self])
+
     def wait_ended(self) -> None:
         try:
             self.process.wait(40)
@@ -66,6 +74,7 @@ class Target:
     def end(targets: list[Target]) -> None:
         """End them all, at once."""
         for target in targets:
+            target.http.close()
             target.process.send_signal(signal.SIGTERM)
         for target in targets:
             target.wait_ended()

@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import secrets
-import signal
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from bench_serving import Target
-
-PLAIN = ["scripts/plain_sglang.py"]
-ALCHEMIST = ["-m", "alchemist.server"]
+from serving_servers import Target
 
 
 @contextlib.contextmanager
@@ -23,15 +19,9 @@ def started(name: str, module: list[str], args: list[str], folder: Path) -> Iter
     the cache; the rest of the API needs none.
     """
     key = secrets.token_hex(16)
-    target = Target(name, module, [*args, "--admin-api-key", key], folder)
-    target.http.headers["Authorization"] = f"Bearer {key}"
-    try:
+    with Target(name, module, [*args, "--admin-api-key", key], folder) as target:
+        target.http.headers["Authorization"] = f"Bearer {key}"
         yield target
-    finally:
-        target.http.close()
-        if target.process.poll() is None:
-            target.process.send_signal(signal.SIGTERM)
-        target.wait_ended()
 
 
 def finish_training(target: Target) -> None:

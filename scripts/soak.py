@@ -25,7 +25,6 @@ import asyncio
 import json
 import os
 import re
-import signal
 import statistics
 import sys
 import tempfile
@@ -39,9 +38,9 @@ import fixed_batch
 import psutil
 from activation_options import activation_rows, budget_flags, full_status
 from bench_common import Row, Run, quartiles
-from bench_serving import Target
 from process_figures import growth, still_alive
-from serving_targets import ALCHEMIST, PLAIN, started
+from serving_servers import ALCHEMIST, PLAIN, Target
+from serving_targets import started
 from sglang_figures import metric_sums
 from soak_clients import Seen, Soak
 
@@ -142,8 +141,6 @@ def errors_in(log: str) -> list[str]:
 
 def main() -> None:
     options = parse()
-    # However this ends, its server ends.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by a signal"))
     run = Run("soak", options)
     run.config = {"model": os.path.relpath(options.model, ROOT)}
     both = ["--model-path", options.model, "--max-total-tokens", str(options.max_total_tokens)]
@@ -186,9 +183,7 @@ def main() -> None:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Run.parser(__doc__)
     parser.add_argument("--minutes", type=float, default=0, help="(default: 30; quick: 1)")
     parser.add_argument("--model", default=str(TINY_MODEL), help="directory (default: embedded)")
     parser.add_argument(
@@ -209,8 +204,7 @@ def parse() -> argparse.Namespace:
         "--activation-host-gb", type=float, default=1.0, help="GiB of the host tier (default: 1)"
     )
     parser.add_argument("--server-args", default="", help="further flags of Alchemist, in one word")
-    Run.add_arguments(parser)
-    options = parser.parse_args()
+    options = Run.parse(parser)
     options.minutes = options.minutes or (1 if options.quick else 30)
     return options
 

@@ -13,9 +13,9 @@ from typing import Any
 
 import fixed_batch
 import httpx
-from bench_serving import Target
 from process_figures import Sample, sample
 from rich.console import Console
+from serving_servers import Target
 from sglang_figures import metric_sums
 
 MAX_PENDING = 256

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import random
-import signal
 import tempfile
 import time
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from typing import Any
 
 import httpx
 from bench_common import progress
-from serving_servers import Target
+from serving_servers import ALCHEMIST, Target
 
 from alchemist.server.main import TINY_MODEL
 from alchemist.trainer.step import Sample
@@ -71,13 +70,9 @@ def serve(path: Path, count: int) -> Served:
     with tempfile.TemporaryDirectory(prefix="bench-lengths-") as name:
         folder = Path(name)
         data = ["--data-dir", str(folder / "data")]
-        server = Target("lengths", ["-m", "alchemist.server"], data, folder)
-        try:
+        with Target("lengths", ALCHEMIST, data, folder) as server:
             server.wait_ready()
             return _ask(server.http, drawn, count)
-        finally:
-            server.process.send_signal(signal.SIGTERM)
-            server.wait_ended()
 
 
 def _ask(http: httpx.Client, drawn: list[dict[str, Any]], count: int) -> Served:

@@ -100,6 +100,7 @@ class EnvelopeRoute(APIRoute):
             except ClientDisconnect:
                 return Response(status_code=400)
             except Exception:
+                # What is left is a fault of ours. SGLang's handlers would answer it in their dialect.
                 logger.exception("%s %s", request.method, request.url.path)
                 return JSONResponse(envelope(500, "internal error; see the server's log"), 500)
 

@@ -25,6 +25,6 @@ class CpuPlatform(CpuDeviceMixin, SRTPlatform):
         return MHATokenToKVPool
 
     def get_paged_allocator_cls(self) -> type:
-        from sglang.srt.mem_cache.allocator import PagedTokenToKVPoolAllocator
+        from alchemist.server.cpu_allocator import CpuPagedAllocator
 
-        return PagedTokenToKVPoolAllocator
+        return CpuPagedAllocator

@@ -1,7 +1,7 @@
 """The scheduler process's half of Alchemist: sharing memory, recording, the lease, and the row desk.
 
-Everything runs on the scheduler's thread, called from the hooks in `hooks.py`. Trouble with recording or with the
-trainer is logged and counted; it never reaches a request.
+Everything runs on the scheduler's thread, called from the hooks in `hooks.py`. Trouble with the trainer is logged,
+trouble with recording ends it (see `harmless.py`); neither reaches a request.
 """
 
 from __future__ import annotations
@@ -9,12 +9,12 @@ from __future__ import annotations
 import logging
 import os
 import time
+import traceback
 import zlib
 from array import array
 from typing import Any
 
 import msgspec
-import psutil
 import torch
 import zmq
 
@@ -24,8 +24,9 @@ from alchemist.protocol.layout import RowLayout
 from alchemist.protocol.lease import Lease
 from alchemist.protocol.shm import TensorHandle
 from alchemist.protocol.tensors import Arena, dtype_name
-from alchemist.server.config import auto_host_bytes
+from alchemist.server.harmless import guard, harmless
 from alchemist.server.lender import Lender
+from alchemist.server.machine_memory import auto_host_bytes, free_memory_bytes
 from alchemist.server.pool import ActivationPool, CheckedOut, Ids
 from alchemist.server.recorder import Recorder
 from alchemist.server.run import OPT_OUT, Run
@@ -92,9 +93,15 @@ class Engine:
         self._kv = Arena("kv", specs, populate=True)
         kv_pool.k_buffer = [self._kv.tensors[f"k{layer}"] for layer in range(kv_pool.layer_num)]
         kv_pool.v_buffer = [self._kv.tensors[f"v{layer}"] for layer in range(kv_pool.layer_num)]
+        # SGLang keeps float8 in buffers of bytes, because torch cannot write single elements of it.
+        dtype = dtype_name(kv_pool.dtype)
+        handles = {
+            name: msgspec.structs.replace(handle, dtype=dtype)
+            for name, handle in self._kv.handles.items()
+        }
         self._kv_handles = (
-            [self._kv.handles[f"k{layer}"] for layer in range(kv_pool.layer_num)],
-            [self._kv.handles[f"v{layer}"] for layer in range(kv_pool.layer_num)],
+            [handles[f"k{layer}"] for layer in range(kv_pool.layer_num)],
+            [handles[f"v{layer}"] for layer in range(kv_pool.layer_num)],
         )
 
     def attach(self, runner: Any, hooks: list[str], missing: list[str]) -> None:
@@ -167,7 +174,7 @@ class Engine:
             eviction=config.activation_eviction,
         )
         self.recorder = Recorder(runner.model, layout, self.pool)
-        self.pool.install()
+        self.pool.install(lambda call, default: guard(call, default, self.stop_recording))
         self._rows_per_portion = max(1, PORTION_BYTES // layout.row_bytes)
         logger.info(
             "activation pool: up to %d rows, in %d free KV slots each, of %d; "
@@ -181,7 +188,7 @@ class Engine:
         )
 
     def _num_host_rows(self, layout: RowLayout, num_slots: int) -> int:
-        available = psutil.virtual_memory().available
+        available = free_memory_bytes()
         num_bytes = self.config.activation_host_bytes
         if num_bytes < 0:
             # More than a few times what the KV cache remembers is seldom voted on.
@@ -198,8 +205,22 @@ class Engine:
             )
         return num_rows
 
+    def stop_recording(self, error: Exception) -> None:
+        """For the rest of this run: what is recorded ends, and the trainer computes everything."""
+        # Memory may be what was missing: first let go of what the failed call has, and of what waits for `flush`.
+        traceback.clear_frames(error.__traceback__)
+        if self.recorder is not None:
+            self.recorder.release()
+            self.recorder = None
+        if self.pool is not None and self.pool.stopped is None:
+            self.pool.stop(f"{type(error).__name__}: {error}")
+        logger.error(
+            "recording has failed and ends here; serving and training go on", exc_info=error
+        )
+
     # Forward passes
 
+    @harmless(False)
     def begin_forward(self, batch: Any) -> bool:
         """Whether this forward is being recorded."""
         if self.recorder is None:
@@ -239,9 +260,10 @@ class Engine:
         fraction = self.config.record_fraction
         return fraction >= 1 or zlib.crc32(rid.encode()) < fraction * 2**32
 
+    @harmless(None)
     def end_forward(self) -> None:
-        assert self.recorder is not None
-        self.recorder.end()
+        if self.recorder is not None:
+            self.recorder.end()
 
     def note_logprobs(self, batch: Any, raw: torch.Tensor, token_ids: torch.Tensor) -> None:
         """Keep each sampled token's logprob, by request and sequence length.
@@ -271,10 +293,7 @@ class Engine:
             index = length - len(prompt)
             if 0 <= index < len(output):
                 logprobs[index] = float(values[i])
-        recorded = 0
-        if self.pool is not None and req.req_pool_idx is not None:
-            slots = tree_cache.req_to_token_pool.req_to_token[req.req_pool_idx, : len(prompt)]
-            recorded = self.pool.num_held(req.rid, slots.long(), len(prompt))
+        recorded = self._num_recorded(req, tree_cache, len(prompt))
         reason = req.finished_reason.to_json()["type"] if req.finished_reason else "abort"
         self._control.send(
             messages.encode(
@@ -291,6 +310,14 @@ class Engine:
             )
         )
 
+    @harmless(0)
+    def _num_recorded(self, req: Any, tree_cache: Any, length: int) -> int:
+        if self.pool is None or req.req_pool_idx is None:
+            return 0
+        slots = tree_cache.req_to_token_pool.req_to_token[req.req_pool_idx, :length]
+        return self.pool.num_held(req.rid, slots.long(), length)
+
+    @harmless(None)
     def released(self, req: Any, tree_cache: Any) -> None:
         """The request's KV is in the tree now, under slots that may be others' (those of an equal prefix)."""
         if self.pool is not None and not req.rid.startswith(_HEALTH_CHECK):
@@ -308,9 +335,9 @@ class Engine:
         if requests:
             self.lease.set_engine_busy(True)
             self._opted_out.update(r.rid for r in requests if _is_opted_out(r))
-        if self._was_prefill and self.recorder is not None:
+        if self._was_prefill:
             self._was_prefill = False
-            self.recorder.flush()
+            self._flush()
         if self._scheduler is None:
             self._open_desk(scheduler)
         self.serve_desk()
@@ -323,15 +350,21 @@ class Engine:
             self._logprobs.clear()
             self._keep_house(scheduler)
 
+    @harmless(None)
+    def _flush(self) -> None:
+        if self.recorder is not None:
+            self.recorder.flush()
+
+    @harmless(None)
     def _keep_house(self, scheduler: Any) -> None:
         """What the pool has to do when nobody waits: appraise, and copy to the host, a portion at a time."""
-        if self.pool is None or self.recorder is None:
+        if self.pool is None or self.pool.stopped is not None:
             return
         now = time.monotonic()
         if now - self._appraised > APPRAISE_S:
             self.pool.appraise(now)
             self._appraised = now
-        self.recorder.flush()
+        self._flush()
         sleeper = scheduler.idle_sleeper
         while self.pool.hedge(self._rows_per_portion):
             # A scheduler that does not sleep comes back by itself.
@@ -362,27 +395,31 @@ class Engine:
             except (ProtocolError, ValueError):
                 logger.exception("row desk: a message was refused")
                 continue
-            if isinstance(message, messages.CheckOut):
-                self._desk.send_multipart([peer, messages.encode(self._check_out(peer, message))])
-            elif isinstance(message, messages.AskRows):
-                stats = self.pool.stats() if self.pool is not None else {}
-                answer = messages.RowStats(ticket=message.ticket, stats=msgspec.json.encode(stats))
+            answer = self._answer(peer, message)
+            # One that does not come costs a recomputation.
+            if answer is not None:
                 self._desk.send_multipart([peer, messages.encode(answer)])
-            elif self.pool is None:
-                continue
-            elif isinstance(message, messages.Voted):
-                self.pool.voted(message.rid, time.monotonic())
-            else:
-                self._check_in((peer, message.ticket))
-                for rid in message.consumed:
-                    self.pool.consumed(rid)
+
+    @harmless(None)
+    def _answer(self, peer: bytes, message: Any) -> messages.CheckedOut | messages.RowStats | None:
+        if isinstance(message, messages.CheckOut):
+            return self._check_out(peer, message)
+        if isinstance(message, messages.AskRows):
+            stats = self.pool.stats() if self.pool is not None else {}
+            return messages.RowStats(ticket=message.ticket, stats=msgspec.json.encode(stats))
+        if self.pool is not None and isinstance(message, messages.Voted):
+            self.pool.voted(message.rid, time.monotonic())
+        elif self.pool is not None:
+            self._check_in((peer, message.ticket))
+            for rid in message.consumed:
+                self.pool.consumed(rid)
+        return None
 
     def _check_out(self, peer: bytes, message: messages.CheckOut) -> messages.CheckedOut:
         # A new trainer has a new identity: what a dead one held is given back here.
         for other in [key for key in self._tickets if key[0] != peer]:
             self._check_in(other)
-        if self.recorder is not None:
-            self.recorder.flush()
+        self._flush()
         places: list[messages.Places | None] = []
         held = self._tickets.setdefault((peer, message.ticket), [])
         for prompt in message.prompts:

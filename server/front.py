@@ -20,13 +20,11 @@ from alchemist.server.learner import Learner
 from alchemist.server.ledger import Ledger
 from alchemist.server.pacing import Pace, Pacing, apply_policy
 from alchemist.server.publisher import PROBE_PREFIX
-from alchemist.server.run import OPT_OUT, Run
+from alchemist.server.record_choice import may_be_recorded, opt_out
+from alchemist.server.run import Run
 
 _VERSION = re.compile(r"v\d+")
 _HEALTH_CHECK = "HEALTH_CHECK"
-
-
-RECORD_HEADER = "x-alchemist-record"
 
 
 class Front:
@@ -102,8 +100,8 @@ class Front:
             async for out in original(manager, obj, request):
                 yield out
             return
-        if request is not None and request.headers.get(RECORD_HEADER, "").lower() == "false":
-            _opt_out(obj)
+        if request is not None and not await may_be_recorded(request):
+            opt_out(obj)
         versions = learner.conversations.route(obj)
         rids: set[str] = set()
         try:
@@ -157,14 +155,3 @@ def _on_failed_child(number: int, frame: FrameType | None) -> NoReturn:
 
 
 FRONT = Front()
-
-
-def _opt_out(obj: Any) -> None:
-    """Mark a request, or every one of a batch, as not to be recorded: the scheduler sees its sampling parameters."""
-    if obj.sampling_params is None:
-        obj.sampling_params = {}
-    several = (
-        obj.sampling_params if isinstance(obj.sampling_params, list) else [obj.sampling_params]
-    )
-    for params in several:
-        params["custom_params"] = {**(params.get("custom_params") or {}), OPT_OUT: True}

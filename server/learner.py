@@ -24,6 +24,7 @@ from alchemist.protocol.lease import Lease
 from alchemist.server.config import Config
 from alchemist.server.conversations import Conversations
 from alchemist.server.errors import Conflict
+from alchemist.server.lease_status import lease_status
 from alchemist.server.ledger import Ledger
 from alchemist.server.publisher import Publisher, PublishRefused
 from alchemist.server.records import TrainingItem
@@ -79,6 +80,7 @@ class Learner:
             run.trainer_address,
             lease,
             config.lease_policy,
+            config.trainer_timeout_s,
             self._welcome,
             self._trainer_ready,
             self._trainer_ended,
@@ -293,6 +295,7 @@ class Learner:
                 waiting_since = time.monotonic()
                 self._wake.set()
             except TrainerGone as error:
+                self.last_error = str(error)
                 crashes = crashes + 1 if error.crashed else crashes
                 if crashes >= _MAX_CRASHES:
                     crashes = 0
@@ -464,7 +467,6 @@ class Learner:
             for state in ("waiting", "pending", "trained", "failed")
         }
         reused, recomputed = self.tokens_reused, self.tokens_recomputed
-        latencies = sorted(self.lease.latencies_ms())
         return {
             "state": self.state,
             "step": self.step,
@@ -482,25 +484,8 @@ class Learner:
                 "pid": self.trainer.process.pid,
                 "restarts": self.trainer.process.num_restarts,
             },
-            "lease": {
-                "policy": self.config.lease_policy,
-                "share": self.lease.share,
-                "granted": self.lease.is_granted,
-                "trainer_state": self.lease.state.name.lower(),
-                "revocations": self.lease.num_acks,
-                "revocations_missed": self.lease.num_missed,
-                "revoke_p50_ms": _quantile(latencies, 0.5),
-                "revoke_p99_ms": _quantile(latencies, 0.99),
-                "revoke_max_ms": latencies[-1] if latencies else None,
-                "longest_layer_ms": self.lease.layer_max_ms,
-                "layers": self.lease.num_layers,
-                "metered_s": self.lease.metered_s,
-            },
+            "lease": lease_status(self.lease, self.config.lease_policy),
         }
-
-
-def _quantile(ordered: list[float], q: float) -> float | None:
-    return ordered[min(len(ordered) - 1, int(q * len(ordered)))] if ordered else None
 
 
 def _brief(metrics: dict[str, Any]) -> str:

@@ -22,6 +22,7 @@ MIN_RECLAIM_SLOTS = 1024
 KEPT_FREE = 64
 """One slot in so many is not lent, so that not every decode step has to take slots back."""
 NUM_TIMES = 4096
+_CHUNK = 4096
 
 
 class Lender:
@@ -36,6 +37,10 @@ class Lender:
         self._allocator = allocator
         self.page_size: int = allocator.page_size
         self.num_lent = 0
+        self._is_lent = np.zeros(allocator.size // self.page_size + 1, np.bool_)
+        """By page."""
+        self._reserve = torch.empty(0, dtype=torch.int64)
+        """Room for every page's number, once there are loans."""
         self.num_reclaimed = 0
         """Slots taken back since the start."""
         self.reclaims: deque[tuple[int, float]] = deque(maxlen=NUM_TIMES)
@@ -57,6 +62,8 @@ class Lender:
         """
         allocator = self._allocator
         self._give_back = give_back
+        # Zeroed, so that its memory is there when there is no other.
+        self._reserve = torch.zeros_like(allocator.free_pages)
         free, free_segment, clear = allocator.free, allocator.free_segment, allocator.clear
         available_size = allocator.available_size
         alloc, alloc_extend, alloc_decode = (
@@ -110,6 +117,7 @@ class Lender:
 
         def followed_clear() -> None:
             on_clear()
+            self._is_lent.fill(False)
             self.num_lent = 0
             clear()
 
@@ -129,6 +137,7 @@ class Lender:
         if count <= 0:
             return np.empty(0, np.int64)
         pages = np.sort(allocator.free_pages[-count:].numpy())
+        self._is_lent[pages] = True
         allocator.free_pages = allocator.free_pages[:-count]
         self.num_lent += count
         slots: np.ndarray = pages[:, None] * self.page_size + np.arange(self.page_size)
@@ -136,12 +145,25 @@ class Lender:
 
     def give(self, slots: np.ndarray) -> None:
         """Slots come back, in whole pages."""
-        pages = torch.from_numpy(slots[:: self.page_size] // self.page_size)
+        pages = slots[:: self.page_size] // self.page_size
         allocator = self._allocator
-        allocator.free_pages = torch.cat(
-            (allocator.free_pages, pages.to(allocator.free_pages.dtype))
-        )
-        self.num_lent -= pages.numel()
+        free = torch.from_numpy(pages).to(allocator.free_pages.dtype)
+        allocator.free_pages = torch.cat((allocator.free_pages, free))
+        self._is_lent[pages] = False
+        self.num_lent -= pages.size
+
+    def give_all(self) -> None:
+        """Every loan comes back, whoever had it: for once only, and without taking memory."""
+        allocator = self._allocator
+        count = len(allocator.free_pages)
+        self._reserve[:count] = allocator.free_pages
+        for start in range(0, self._is_lent.size, _CHUNK):
+            (found,) = np.nonzero(self._is_lent[start : start + _CHUNK])
+            self._reserve[count : count + found.size] = torch.from_numpy(found + start)
+            count += found.size
+        allocator.free_pages = self._reserve[:count]
+        self._is_lent.fill(False)
+        self.num_lent = 0
 
     def _cover(self, num_pages: int) -> None:
         """See to it that the allocator's own list has `num_pages`, as far as there are loans."""
@@ -151,6 +173,8 @@ class Lender:
             return
         started = time.perf_counter()
         slots = self._give_back(short * self.page_size, MIN_RECLAIM_SLOTS)
+        if not slots.size:
+            return
         self.give(slots)
         self.num_reclaimed += slots.size
         self.reclaims.append((int(slots.size), time.perf_counter() - started))

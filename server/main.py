@@ -18,12 +18,12 @@ import torch
 from alchemist.protocol import objectives
 from alchemist.protocol.lease import Lease
 from alchemist.protocol.models import UnsupportedModelError, require_supported
-from alchemist.server import config as configuration
-from alchemist.server import processes
+from alchemist.server import options, processes
 from alchemist.server.config import Config
 from alchemist.server.data_dir import check_data_dir, open_ledger
 from alchemist.server.errors import EngineFailed, LaunchError
 from alchemist.server.ledger import Ledger
+from alchemist.server.machine_memory import free_memory_bytes
 from alchemist.server.run import Run
 
 logger = logging.getLogger("alchemist")
@@ -35,7 +35,7 @@ _MODEL_FLAGS = {"--model-path", "--model"}
 
 def main(argv: list[str] | None = None) -> None:
     """Serve until a signal (exit status 0), a dead engine (1), or not at all: something cannot be as asked (2)."""
-    config, sglang_argv = configuration.parse(sys.argv[1:] if argv is None else argv, os.environ)
+    config, sglang_argv = options.parse(sys.argv[1:] if argv is None else argv, os.environ)
     # Until the event loop takes them, a signal unwinds the stack like Ctrl-C does.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     status = 0
@@ -208,7 +208,7 @@ def _check(config: Config, server_args: Any) -> None:
             objectives.load_function(config.objective)
         except ValueError as error:
             raise LaunchError(f"--{error}") from None
-    free = psutil.virtual_memory().available
+    free = free_memory_bytes()
     if config.activation_host_bytes > free and config.record != "none" and not config.no_train:
         raise LaunchError(
             f"--activation-host-gb is {config.activation_host_bytes / 2**30:.1f} GiB; "

@@ -65,6 +65,9 @@ class LearningMetrics:
             multiprocess_mode="mostrecent",
         )
         self._pool = {name: gauge(name, text) for name, text in _POOL.items()}
+        self._stopped = gauge(
+            "recording_stopped", "1 when recording has failed and ended for the rest of the run"
+        )
         self._restarts = Counter(
             "alchemist_trainer_restarts", "Times the trainer was started again"
         )
@@ -84,6 +87,7 @@ class LearningMetrics:
         """How the activation pool is: `ActivationPool.stats`."""
         for state, count in stats["rows"].items():
             self._rows.labels(state).set(count)
+        self._stopped.set(stats["stopped"] is not None)
         for name, instrument in self._pool.items():
             if stats[name] is not None:
                 instrument.set(stats[name])

@@ -24,7 +24,7 @@ One thread, the scheduler's, calls everything here. Bookkeeping is numpy's: a fe
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -121,15 +121,44 @@ class ActivationPool:
         self.num_dropped = 0
         """Rows that ended without a copy because their slots were wanted."""
         self.num_hedged = 0
+        self.stopped: str | None = None
+        """Why nothing is recorded any more."""
 
     @property
     def handles(self) -> tuple[list[TensorHandle], TensorHandle, TensorHandle]:
         """Handles of the host rows, one tensor a layer, of `gens` and of the device rows' cells."""
         return self.host.handles, self._tables.handles["gens"], self._tables.handles["cells"]
 
-    def install(self) -> None:
-        """Begin to borrow."""
-        self._lender.install(self.give_back, self.free_slots, self.clear)
+    def install(self, harmless: Callable[[Any, Any], Any] = lambda call, default: call) -> None:
+        """Begin to borrow.
+
+        Args:
+            harmless: (a function that serving calls, what it is to return if it fails) → one that never fails.
+        """
+        none = np.arange(0)
+        self._lender.install(
+            harmless(self.give_back, none),
+            harmless(self.free_slots, None),
+            harmless(self.clear, None),
+        )
+
+    def stop(self, why: str) -> None:
+        """Every row ends, every loan goes back, and nothing may be recorded any more. For when something has failed:
+        relies on no table that may be half changed, and takes next to no memory.
+        """
+        self.stopped = why
+        # First of all, as in `_change`.
+        self.gens += 1
+        self._gen += 1
+        for table in (self.record_of_slot, self._slot, self._device, self._host):
+            table.fill(-1)
+        for table in (self._record_of_device, self._record_of_host):
+            table.fill(-1)
+        for table in (self.state, self._refs, self.answers.wants):
+            table.fill(0)
+        self._to_hedge.clear()
+        self._line = self._line[:0]
+        self._lender.give_all()
 
     # Recording
 
@@ -143,7 +172,7 @@ class ActivationPool:
         Returns:
             [m] rows of the first m ≤ n tokens: as many as there is room for, first on the device, then on the host.
         """
-        self.free_slots(slots)
+        self._leave(slots.numpy())
         self._tick += 1
         cost = 1 + positions.numpy() / self._half_flops
         is_lru = self._eviction == "lru"
@@ -187,12 +216,16 @@ class ActivationPool:
         return same
 
     def free_slots(self, slots: torch.Tensor) -> None:
-        """The KV slots are freed, or written anew. Slots without a row are fine."""
+        """The KV slots are freed, and with them the others of their pages. Slots without a row are fine."""
         index = slots.numpy()
         page = self._lender.page_size
         if page > 1:
             pages = np.unique(index // page)
             index = (pages[:, None] * page + np.arange(page)).reshape(-1)
+        self._leave(index)
+
+    def _leave(self, index: Ids) -> None:
+        """The tokens in KV slots `index` leave the cache, or others are written there."""
         records = self.record_of_slot[index]
         records = records[records >= 0]
         if not records.size:
@@ -455,6 +488,7 @@ class ActivationPool:
             "hedged": self.num_hedged,
             "lost": self.num_lost,
             "dropped": self.num_dropped,
+            "stopped": self.stopped,
             "completions": len(self.answers),
             "tokens_voted": self.answers.num_voted_tokens,
             "tokens_voted_held": self.answers.num_voted_held,
@@ -463,6 +497,10 @@ class ActivationPool:
     def check_integrity(self) -> None:
         """Recompute every derived set from scratch; AssertionError names what does not agree."""
         used = self.state != RowState.FREE
+        if self.stopped is not None:
+            assert not used.any(), "a row after the end"
+            assert self._lender.num_lent == 0, "a loan after the end"
+            return
         (records,) = np.nonzero(used)
         (free,) = np.nonzero(~used)
         assert set(self._free_records.all()) == set(free), "free records"

@@ -5,12 +5,12 @@ kernels write into their inputs each is copied at once. Its native operations ne
 copied by `flush` when the batch's tokens have been sent, so that no first token waits for it; those of decode steps
 together, when the request has ended.
 Modules have no hooks in a batch that is not recorded.
-A token that cannot be recorded is simply computed again by the trainer; nothing here can fail a request.
+A token that cannot be recorded is simply computed again by the trainer. What goes wrong here is raised by `begin`,
+`end` and `flush`, never in the middle of a forward pass.
 """
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -20,8 +20,6 @@ import torch
 
 from alchemist.protocol.layout import RowLayout
 from alchemist.server.pool import ActivationPool
-
-logger = logging.getLogger(__name__)
 
 _Write = Callable[[str, torch.Tensor], None]
 _Hook = Callable[..., None]
@@ -47,6 +45,8 @@ class Recorder:
         self._token_bytes = layout.row_bytes
         self._kept: list[_Batch] = []
         self._num_kept_bytes = 0
+        self._error: Exception | None = None
+        """Of this batch."""
         q = layout.num_heads * layout.head_dim
         k = layout.num_kv_heads * layout.head_dim if layout.has_qk_norm else 0
         for index, layer in enumerate(model.model.layers):
@@ -69,11 +69,7 @@ class Recorder:
         """
         if which is not None:
             slots, positions = slots[which], positions[which]
-        try:
-            rows = self._pool.record(slots, positions)
-        except Exception:
-            logger.exception("activation pool: no rows for this batch; it is not recorded")
-            return False
+        rows = self._pool.record(slots, positions)
         count = rows.size
         if not count:
             return False
@@ -93,18 +89,28 @@ class Recorder:
 
     def end(self) -> None:
         """The forward is done."""
-        for tap in self._taps:
-            tap.hooks.pop(id(tap), None)
+        self.release()
+        if self._error is not None:
+            raise self._error
         if not self._batch.is_deferred:
             self._pool.complete(self._batch.rows)
+
+    def release(self) -> None:
+        """Leave the model as if nobody recorded."""
+        for tap in self._taps:
+            tap.hooks.pop(id(tap), None)
 
     def _write(self, layer: int, field: str, value: torch.Tensor) -> None:
         """Store [tokens, width] activations of this batch."""
         batch = self._batch
         if batch.is_deferred:
             batch.values.append(((layer, field), value))
-        else:
-            self._pool.write(layer, field, batch.rows, value[batch.tokens])
+        elif self._error is None:
+            try:
+                self._pool.write(layer, field, batch.rows, value[batch.tokens])
+            except Exception as error:
+                # Whatever it is: the model is computing somebody's answer. `end` raises it.
+                self._error = error
 
     def flush(self) -> None:
         """Copy what was kept. To be called before rows are read or copied to the host, and after each prefill: memory

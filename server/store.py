@@ -90,6 +90,7 @@ class Store:
                 )
                 self._reader.row_factory = sqlite3.Row
             except BaseException:
+                # A signal, too, must not leave the directory locked.
                 os.close(self._lock_fd)
                 raise
         except (sqlite3.Error, OSError) as error:
@@ -187,11 +188,13 @@ class Store:
                 except sqlite3.Error:
                     raise
                 except Exception as error:
+                    # Whatever the caller's operation raises is the caller's, in its answer.
                     writer.execute("ROLLBACK TO job")
                     outcomes.append((None, error))
                 writer.execute("RELEASE job")
             writer.execute("COMMIT")
         except BaseException:
+            # Nothing may leave a transaction open behind it: the next one would join it.
             # SQLite itself rolls back on some errors (full, I/O), not on others.
             if writer.in_transaction:
                 writer.execute("ROLLBACK")
@@ -231,6 +234,7 @@ def _open_writer(path: Path, migrations: Sequence[str]) -> sqlite3.Connection:
             raise LedgerCorrupt(f"{path} is damaged: {problem}")
         _migrate(connection, path, migrations)
     except BaseException:
+        # A signal, too: an open connection would hold the file.
         connection.close()
         raise
     _sync_directory(path.parent)

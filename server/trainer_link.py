@@ -13,18 +13,21 @@ from alchemist.protocol import messages
 from alchemist.protocol.errors import PeerProtocolError
 from alchemist.protocol.lease import Lease
 from alchemist.server.errors import Unavailable
+from alchemist.server.patience import Patience
 from alchemist.server.trainer_process import TrainerProcess
 
 logger = logging.getLogger(__name__)
 
 MAX_FAILED_STARTS = 3
+MIN_START_S = 600.0
+"""A trainer that starts imports and maps a lot, at low priority: it gets at least so long."""
 
 
 class TrainerGone(Unavailable):
     """The trainer ended before it answered; `crashed`: by its own fault, not by a signal."""
 
-    def __init__(self, crashed: bool) -> None:
-        super().__init__("the trainer ended during a step")
+    def __init__(self, crashed: bool, reason: str = "the trainer ended during a step") -> None:
+        super().__init__(reason)
         self.crashed = crashed
 
 
@@ -37,11 +40,13 @@ class TrainerLink:
         address: str,
         lease: Lease,
         lease_policy: str,
+        timeout: float,
         welcome: Callable[[], messages.Welcome],
         on_ready: Callable[[], None],
         on_end: Callable[[], None],
     ) -> None:
         """Args:
+        timeout: seconds that a step may not get on while the lease lets it.
         welcome: what a trainer that says hello is told.
         on_ready, on_end: called when a trainer has become ready, and when one has ended unasked.
         """
@@ -49,6 +54,7 @@ class TrainerLink:
         self.give_up: Callable[[str], None] = logger.critical
         """Ends the server, saying why."""
         self._lease = lease
+        self._timeout = timeout
         self._welcome = welcome
         self._on_ready = on_ready
         self._on_end = on_end
@@ -59,14 +65,16 @@ class TrainerLink:
         self._peer: bytes | None = None
         """The trainer that is ready, by its socket identity."""
         self._answer: asyncio.Future[messages.StepDone | messages.StepFailed] | None = None
-        self._listening: asyncio.Task[None] | None = None
+        self._tasks: list[asyncio.Task[None]] = []
+        self._killed_for = ""
+        """Why we have killed the trainer that has not ended yet."""
 
     @property
     def is_ready(self) -> bool:
         return self._peer is not None
 
     def start(self) -> None:
-        self._listening = asyncio.create_task(self._listen())
+        self._tasks = [asyncio.create_task(self._listen()), asyncio.create_task(self._watch())]
         self.process.start()
 
     async def stop(self) -> None:
@@ -75,9 +83,9 @@ class TrainerLink:
             await self._socket.send_multipart([self._peer, messages.encode(messages.Stop())])
         # A trainer that waits for the lease does not look at its messages.
         await self.process.stop(timeout=5.0 if self._peer else 0.5)
-        if self._listening is not None:
-            self._listening.cancel()
-            await asyncio.gather(self._listening, return_exceptions=True)
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
 
     async def step(self, request: messages.Train) -> messages.StepDone | messages.StepFailed:
         """Have one step done.
@@ -121,6 +129,28 @@ class TrainerLink:
             ):
                 self._answer.set_result(message)
 
+    async def _watch(self) -> None:
+        """Kill a trainer that lives and does not get on. One that sleeps because the lease says so may do so for ever:
+        time counts as far as the lease lets it run.
+        """
+        every, patience = min(1.0, self._timeout / 10), Patience()
+        while True:
+            await asyncio.sleep(every)
+            pid, lease = self.process.pid, self._lease
+            if pid is None or (self.is_ready and self._answer is None):
+                # Nothing is owed.
+                patience = Patience()
+                continue
+            limit = self._timeout if self.is_ready else max(self._timeout, MIN_START_S)
+            mark = (pid, self.is_ready, lease.num_layers, lease.state)
+            share = 1.0 if lease.is_granted else lease.share
+            if patience.look(mark, every, share) < limit or self._killed_for:
+                continue
+            what = "a step" if self.is_ready else "its start"
+            self._killed_for = f"the trainer made no progress in {what} for {limit:g} s"
+            logger.error("%s; process %d is killed", self._killed_for, pid)
+            self.process.kill()
+
     def _ended(self, code: int) -> None:
         self._peer = None
         self._lease.reset_trainer()
@@ -133,4 +163,10 @@ class TrainerLink:
                     "add --no-train to serve without learning"
                 )
         if self._answer is not None and not self._answer.done():
-            self._answer.set_exception(TrainerGone(crashed=code > 0))
+            if self._killed_for:
+                # Whether it was the batch's fault nobody knows: its votes are tried again.
+                gone = TrainerGone(crashed=False, reason=self._killed_for)
+            else:
+                gone = TrainerGone(crashed=code > 0)
+            self._answer.set_exception(gone)
+        self._killed_for = ""

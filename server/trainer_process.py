@@ -40,6 +40,12 @@ class TrainerProcess:
     def start(self) -> None:
         self._task = asyncio.create_task(self._keep_running())
 
+    def kill(self) -> None:
+        """End it at once, stopped or not; another one is started."""
+        if self._process is not None and self._process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                self._process.kill()
+
     async def stop(self, timeout: float) -> None:
         """Wait up to `timeout` seconds for it to end by itself, then kill it."""
         self._stopping = True
@@ -47,8 +53,7 @@ class TrainerProcess:
             try:
                 await asyncio.wait_for(self._process.wait(), timeout)
             except TimeoutError:
-                with contextlib.suppress(ProcessLookupError):
-                    self._process.kill()
+                self.kill()
                 await self._process.wait()
         if self._task is not None:
             self._task.cancel()

@@ -1,5 +1,7 @@
 """A pool over real KV buffers and SGLang's own allocator, with serving's use of them beside it."""
 
+from types import SimpleNamespace
+
 import alchemist.server.cpu as cpu
 
 cpu.prepare()
@@ -12,6 +14,7 @@ from sglang.srt.mem_cache.allocator import (  # noqa: E402
 )
 
 from alchemist.protocol.layout import RowLayout  # noqa: E402
+from alchemist.protocol.tensors import Arena  # noqa: E402
 from alchemist.server.lender import Lender  # noqa: E402
 from alchemist.server.pool import ActivationPool  # noqa: E402
 from alchemist.trainer.rows import ActivationView, Recorded  # noqa: E402
@@ -40,13 +43,27 @@ class World:
     """A pool over real KV buffers and a real allocator, and serving's use of them."""
 
     def __init__(
-        self, page_size=1, *, host_rows=4, eviction="value", fraction=1.0, kv_dtype=torch.float32
+        self,
+        page_size=1,
+        *,
+        host_rows=4,
+        eviction="value",
+        fraction=1.0,
+        kv_dtype=torch.float32,
+        is_shared=False,
     ):
+        """Args:
+        is_shared: another process may map the KV buffers, too, as it may whatever the pool has.
+        """
         per_cell = {torch.float32: 1, torch.float16: 2}[kv_dtype]
         self.layout = layout(page_size)
         shape = (SIZE + page_size, 1, 2 * per_cell)
-        self.k = [torch.zeros(shape, dtype=kv_dtype) for _ in range(2)]
-        self.v = [torch.zeros(shape, dtype=kv_dtype) for _ in range(2)]
+        names = ("k0", "k1", "v0", "v1")
+        self.kv = Arena("kv", dict.fromkeys(names, (shape, kv_dtype))) if is_shared else None
+        buffers = (
+            self.kv.tensors if self.kv else {n: torch.zeros(shape, dtype=kv_dtype) for n in names}
+        )
+        self.k, self.v = ([buffers[f"{kind}{layer}"] for layer in range(2)] for kind in "kv")
         kind = TokenToKVPoolAllocator if page_size == 1 else PagedTokenToKVPoolAllocator
         arguments = {"dtype": kv_dtype, "device": "cpu", "kvcache": None, "need_sort": False}
         if page_size > 1:
@@ -96,26 +113,69 @@ class World:
         self.pool.complete(rows)
         return held
 
-    def read(self, found: Recorded) -> list[tuple[float, float]]:
-        """(stamp, slot of the keys) of every recorded token; every cell of every field must agree."""
-        where = found.rows >= 0
-        rows, slots = found.rows[where], found.slots[where]
-        seen, pairs = [], []
-        for layer in range(2):
-            for field, (_, width) in self.layout.fields.items():
-                if field in ("keys", "values"):
-                    continue
-                out = torch.full((rows.numel(), width), float("nan"))
-                self.view.fetch(layer, field, rows, out)
-                seen += (out - layer / 2).unbind(1)
-            keys = torch.empty(rows.numel(), *self.k[0].shape[1:])
-            values = torch.empty_like(keys)
-            self.view.fetch_kv(layer, rows, slots, keys, values)
-            pairs.append((keys, values))
-        self.view.check(rows, found.gens[where])
+    def read(self, found: Recorded, *, check: bool = True) -> list[tuple[float, float]]:
+        """See `read`."""
+        return read(self.view, found, self.k[0].shape[1:], check=check)
+
+
+def read(
+    view: ActivationView, found: Recorded, kv_shape: torch.Size, *, check: bool = True
+) -> list[tuple[float, float]]:
+    """(stamp, slot of the keys) of every recorded token; every cell of every field must agree.
+
+    Args:
+        kv_shape: of one slot's keys.
+        check: compare generations afterwards, as the trainer does.
+
+    Raises:
+        RowsRevoked: a row was taken away.
+    """
+    where = found.rows >= 0
+    rows, slots = found.rows[where], found.slots[where]
+    seen, pairs = [], []
+    for layer in range(2):
+        for field, (_, width) in view.layout.fields.items():
+            if field in ("keys", "values"):
+                continue
+            out = torch.full((rows.numel(), width), float("nan"))
+            view.fetch(layer, field, rows, out)
+            seen += (out - layer / 2).unbind(1)
+        keys = torch.empty(rows.numel(), *kv_shape)
+        values = torch.empty_like(keys)
+        view.fetch_kv(layer, rows, slots, keys, values)
+        pairs.append((keys, values))
+    if check:
+        view.check(rows, found.gens[where])
         assert all(torch.equal(a, b) for a, b in pairs)
         assert all(torch.equal(s, seen[0]) for s in seen)
-        return list(zip(seen[0].tolist(), keys[:, 0, 0].tolist(), strict=True))
+    return list(zip(seen[0].tolist(), keys[:, 0, 0].tolist(), strict=True))
+
+
+def bare_model() -> SimpleNamespace:
+    """What a recorder hooks, over modules that are never called: tests hand it what their hooks would."""
+
+    def module() -> SimpleNamespace:
+        def forward(*args):
+            return args
+
+        return SimpleNamespace(
+            _forward_hooks={},
+            _forward_pre_hooks={},
+            _forward_method=forward,
+            forward_native=forward,
+        )
+
+    def layer() -> SimpleNamespace:
+        attention = SimpleNamespace(qkv_proj=module(), o_proj=module(), rotary_emb=module())
+        mlp = SimpleNamespace(gate_up_proj=module(), act_fn=module())
+        return SimpleNamespace(
+            input_layernorm=module(),
+            post_attention_layernorm=module(),
+            self_attn=attention,
+            mlp=mlp,
+        )
+
+    return SimpleNamespace(model=SimpleNamespace(layers=[layer() for _ in range(2)]))
 
 
 def as_recorded(out) -> Recorded:

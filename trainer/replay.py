@@ -83,6 +83,7 @@ class Replay:
     ) -> None:
         self._w, self._shape, self._view = weights, weights.shape, view
         self._gate, self._phases = gate, phases
+        self._buffers: dict[str, Tensor] = {}
 
     def forward(
         self, batch: TokenBatch, adapter: LoraAdapter | None, *, gradient: bool
@@ -303,11 +304,11 @@ class Replay:
         self, batch: TokenBatch, layer: int, own: LayerValues | None, queries: Tensor | None
     ) -> LayerValues:
         assert self._view is not None
-        view, like = self._view, self._w.embed
+        view = self._view
         n, total = batch.num_recorded, batch.num_differentiated
 
         def whole(field: str) -> Tensor:
-            out = like.new_empty(total, view.layout.fields[field][1])
+            out = self._buffer(field, total, view.layout.fields[field][1])
             view.fetch(layer, field, batch.rows, out[:n])
             if own is not None:
                 out[n:] = getattr(own, field)
@@ -316,7 +317,7 @@ class Replay:
         def of_queries(field: str) -> Tensor:
             if queries is None:
                 return whole(field)
-            out = like.new_empty(queries.shape[0], view.layout.fields[field][1])
+            out = self._buffer(field, queries.shape[0], view.layout.fields[field][1])
             taken = batch.recorded_heads
             is_loss = batch.recorded_head_ranks < batch.num_loss_heads
             ranks = batch.recorded_head_ranks[is_loss]
@@ -326,8 +327,10 @@ class Replay:
                 out[ranks[ranks < batch.num_loss_heads]] = getattr(own, field)
             return out
 
-        kv = (total, self._shape.num_kv_heads, self._shape.head_dim)
-        keys, values = like.new_empty(kv), like.new_empty(kv)
+        kv = (self._shape.num_kv_heads, self._shape.head_dim)
+        keys, values = (
+            self._buffer(f, total, kv[0] * kv[1]).unflatten(1, kv) for f in ("keys", "values")
+        )
         view.fetch_kv(layer, batch.rows, batch.slots, keys[:n], values[:n])
         if own is not None:
             keys[n:], values[n:] = own.keys, own.values
@@ -341,6 +344,16 @@ class Replay:
             keys=keys,
             values=values,
         )
+
+    def _buffer(self, field: str, length: int, width: int) -> Tensor:
+        """[length, width], the same memory in every layer: fresh pages would cost nearly as much as filling them. The
+        layer before must have released what it had in it.
+        """
+        buffer = self._buffers.get(field)
+        if buffer is None or buffer.shape[0] < length:
+            self._buffers.pop(field, None)
+            buffer = self._buffers[field] = self._w.embed.new_empty(length, width)
+        return buffer[:length].detach()
 
     def _fetch(self, layer: int, field: str, rows: Tensor) -> Tensor:
         assert self._view is not None

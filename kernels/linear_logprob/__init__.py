@@ -6,6 +6,10 @@ No [tokens, vocabulary] tensor outlives its chunk. The gradient needs no second 
 vocabulary: it is linear in d logp, d h = Σ_p d logp_p · (W[target_p] − Σ_v softmax_v W_v), so the
 forward keeps the expected row Σ_v softmax_v W_v, [T, D].
 
+On a GPU the logits are the float32 sums of a 16-bit product and the gradient's sums have a fixed
+order. Liger's fused linear losses return a loss over one target a token, not the log-probabilities.
+Not run on a GPU yet; to be measured there: the chunk's size, and the share of the softmax pass.
+
 Shapes: T tokens, D hidden, V vocabulary, P (token, target) pairs; one token may have several
     targets.
 """
@@ -17,6 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from alchemist.kernels.dispatch import uses_triton
 from alchemist.kernels.replay_linear import linear
 
 CHUNK_BYTES = 32 << 20
@@ -39,6 +44,10 @@ def linear_logprob(
     `weight_VD` ends at the vocabulary: pass a slice when the table is padded. Softmax in float32 at
     least.
     """
+    if uses_triton(h_TD):
+        from . import triton
+
+        return LinearLogprob(*triton.forward(h_TD, weight_VD, rows_P, targets_P, gradient=gradient))
     wide = torch.float64 if h_TD.dtype == torch.float64 else torch.float32
     logps = torch.empty(rows_P.shape, dtype=wide, device=h_TD.device)
     expected = torch.empty_like(h_TD) if gradient else None
@@ -62,6 +71,10 @@ def linear_logprob_backward(
 ) -> Tensor:
     """d h [T, D] for the gradient `d_logps_P` of the log-probabilities."""
     assert result.expected is not None
+    if uses_triton(result.expected):
+        from . import triton
+
+        return triton.backward(result.expected, weight_VD, rows_P, targets_P, d_logps_P)
     wide = d_logps_P.dtype
     total = torch.zeros(result.expected.shape[0], dtype=wide, device=d_logps_P.device)
     total.index_add_(0, rows_P, d_logps_P)

@@ -9,6 +9,22 @@ maximum and sum of the whole row at hand: it needs neither the output nor the lo
 forward. Measured against torch's CPU flash backward, which needs both: 3–4x faster at 1k tokens.
 Grouped heads share a matrix product; keys are never repeated.
 
+On a GPU (`triton.py`) a flash forward gives output and log-sum-exp, and a flash backward works from
+(q, k, v, output, log-sum-exp). With a recorded output, the log-sum-exp is recomputed from q and k
+alone if it was not recorded, too: half a forward. Gradients of k and v are summed by the program
+that owns the key tile, in a fixed order, without atomics (`packing.py`).
+
+What else there is, and why not:
+ * `aten._flash_attention_backward`: varlen and grouped heads, but every branch needs its own copy of
+   the shared prefix's keys, and the copies' gradients a scatter-add.
+ * FlexAttention: masks of any kind over one shared key tensor, but compiled per shape class, with
+   block masks that are built for each batch.
+ * FlashInfer's paged prefill (`flashinfer.py`, an option): forward only. It reads paths by index as
+   we do and is faster on Hopper where its own kernels are built.
+Not run on a GPU yet. To be measured there: both directions against `_flash_attention_backward` on
+unshared sequences, tile sizes and stages, one kernel with float32 atomics on dq against the two,
+FlashInfer against the Triton forward.
+
 Shapes: Q query rows, S key rows, N heads, K key/value heads, G = N/K, D head dim.
 """
 
@@ -20,6 +36,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from ..dispatch import uses_triton
 
 # Queries per tile: the score matrix of a tile stays near a core's cache, and the causal corner is small.
 TILE = 64
@@ -42,13 +60,19 @@ def path_attention(
     v_SKD: Tensor,
     plan: list[PathBlock],
     recorded: Tensor | None = None,
+    recorded_lse: Tensor | None = None,
 ) -> Tensor:
     """[Q, N, D] attention outputs, scale 1/sqrt(D). Every row of q is in exactly one block.
 
     Args:
-        recorded: the output's value; then the forward does nothing.
+        recorded: the output's value; then the forward does nothing. On a GPU the backward reads it.
+        recorded_lse: float32 [Q, N], the natural log-sum-exp of the scaled scores, beside
+            `recorded`; read on a GPU only.
+
+    Raises:
+        ValueError: on a GPU, if the blocks' paths are not those of one tree.
     """
-    y: Tensor = _PathAttention.apply(q_QND, k_SKD, v_SKD, plan, recorded)
+    y: Tensor = _PathAttention.apply(q_QND, k_SKD, v_SKD, plan, recorded, recorded_lse)
     return y
 
 
@@ -105,10 +129,18 @@ def _probabilities(tile: _Tile, k_KDS: Tensor) -> Tensor:
 class _PathAttention(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, plan: list[PathBlock], recorded: Tensor | None
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        plan: list[PathBlock],
+        recorded: Tensor | None,
+        recorded_lse: Tensor | None,
     ) -> Tensor:
-        ctx.save_for_backward(q, k, v)
         ctx.plan = plan
+        if uses_triton(q):
+            return _forward_on_gpu(ctx, q, k, v, plan, recorded, recorded_lse)
+        ctx.save_for_backward(q, k, v)
         if recorded is not None:
             return recorded.detach()
         out = torch.empty_like(q)
@@ -124,6 +156,8 @@ class _PathAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
+        if uses_triton(d_out):
+            return (*_backward_on_gpu(ctx, d_out), None, None, None)
         q, k, v = ctx.saved_tensors
         scale = 1 / math.sqrt(q.shape[-1])
         dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
@@ -145,4 +179,33 @@ class _PathAttention(torch.autograd.Function):
             # A path holds each row once, so this is a plain scatter-add.
             dk[keys] += dk_KSD.transpose(0, 1)
             dv[keys] += dv_KSD.transpose(0, 1)
-        return dq, dk, dv, None, None
+        return dq, dk, dv, None, None, None
+
+
+def _forward_on_gpu(
+    ctx: Any,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: list[PathBlock],
+    recorded: Tensor | None,
+    recorded_lse: Tensor | None,
+) -> Tensor:
+    if recorded is not None:
+        ctx.save_for_backward(q, k, v, recorded, recorded_lse)
+        return recorded.detach()
+    from . import triton
+
+    out, lse = triton.forward(q, k, v, plan)
+    assert out is not None
+    ctx.save_for_backward(q, k, v, out, lse)
+    return out
+
+
+def _backward_on_gpu(ctx: Any, d_out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    from . import triton
+
+    q, k, v, out, lse = ctx.saved_tensors
+    if lse is None:
+        _, lse = triton.forward(q, k, v, ctx.plan, with_output=False)
+    return triton.backward(q, k, v, out, lse, d_out, ctx.plan)

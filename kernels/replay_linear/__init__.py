@@ -5,6 +5,12 @@
 With recorded outputs the forward returns them and does no arithmetic; the backward is the ordinary
 one. `x Aᵀ` is recomputed there: it costs a rank's worth of the layer. Base weights get no gradient.
 
+On a GPU one product gives the gradient of x for all outputs. In 16 bits, sums over tokens, and over
+outputs for the rank's gradient, leave their product in float32; gradients of `a` and `b` are float32
+there: autograd rounds them to the leaf's dtype unless the leaf's `grad_dtype` is float32. Not run
+on a GPU yet. To be measured there: what the thin products add to each wide one (both read all of
+dy: a kernel that reads it once is worth writing if they take more than a twentieth).
+
 Shapes: T tokens, D inputs, E outputs, R rank.  Source: LoRA, arXiv 2106.09685.
 """
 
@@ -15,6 +21,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from alchemist.kernels.dispatch import wide_mm
 
 FEW_TOKENS = 512
 """Where the rates of both ways of `linear` meet."""
@@ -112,7 +120,9 @@ class _ReplayLinear(torch.autograd.Function):
             )
             for part, (start, end, _, b) in zip(x_a, live, strict=True):
                 y_TE[:, start:end].addmm_(part, b.T, alpha=meta.scaling)
-        return tuple(y.contiguous() for y in y_TE.split(meta.splits, dim=-1))
+        outputs = y_TE.split(meta.splits, dim=-1)
+        # On a GPU whatever reads an output takes it as it lies.
+        return outputs if x.is_cuda else tuple(y.contiguous() for y in outputs)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -122,7 +132,10 @@ class _ReplayLinear(torch.autograd.Function):
         needs_x, needs_lora = ctx.needs_input_grad[0], ctx.needs_input_grad[5:]
 
         dx = None
-        if needs_x:
+        if needs_x and x.is_cuda and all(dy is not None for dy in grads):
+            # One sum, rounded once; a product per output would round every partial sum.
+            dx = (grads[0] if len(grads) == 1 else torch.cat(grads, dim=-1)) @ weight
+        elif needs_x:
             for dy, start, width in zip(grads, starts, meta.splits, strict=True):
                 if dy is None:
                     continue
@@ -147,18 +160,19 @@ class _ReplayLinear(torch.autograd.Function):
                 rank = lora[2 * i].shape[0]
                 part = x_a[:, offset : offset + rank]
                 # (partᵀ dy)ᵀ runs at twice the rate of dyᵀ part.
-                dlora[2 * i + 1] = (part.T @ dy).mul_(meta.scaling).T
+                dlora[2 * i + 1] = wide_mm(part.T, dy).mul_(meta.scaling).T
                 offset += rank
         for i, _, is_zero in wanted:
             if is_zero and needs_lora[2 * i]:
                 dlora[2 * i] = torch.zeros_like(lora[2 * i])
         live = [(i, dy) for i, dy, is_zero in wanted if not is_zero]
         if live:
-            d_xa = torch.cat([dy @ lora[2 * i + 1] for i, dy in live], dim=1).mul_(meta.scaling)
+            d_xa = torch.cat([wide_mm(dy, lora[2 * i + 1]) for i, dy in live], dim=1)
+            d_xa = d_xa.mul_(meta.scaling).to(x.dtype)
             if dx is not None:
                 dx.addmm_(d_xa, torch.cat([lora[2 * i] for i, _ in live]))
             if any(needs_lora[2 * i] for i, _ in live):
-                da = d_xa.T @ x
+                da = wide_mm(d_xa.T, x)
                 offset = 0
                 for i, _ in live:
                     rank = lora[2 * i].shape[0]

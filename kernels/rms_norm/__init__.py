@@ -7,6 +7,9 @@ Statistics in float32 (float64 inputs: float64), rounded to the input's dtype be
 Llama, Qwen2 and Qwen3 define it. The norm's output is never recorded: it is elementwise, and
 recomputed. `s` may be recorded.
 
+On a GPU each direction is one Triton kernel. Liger's were not taken: its backward always computes
+the gradient of the weight, and it cannot start from a recorded sum. Not run on a GPU yet.
+
 Shapes: T tokens (any leading shape), D normalised width.
 """
 
@@ -16,6 +19,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from ..dispatch import uses_triton
 
 
 def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
@@ -62,14 +67,20 @@ class _AddRmsNorm(torch.autograd.Function):
         eps: float,
         recorded: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
+        ctx.has_addend = addend is not None
+        ctx.set_materialize_grads(False)
+        if uses_triton(x):
+            from . import triton
+
+            summed, normed, rstd = triton.forward(x, addend, weight, eps, recorded)
+            ctx.save_for_backward(summed, rstd, weight)
+            return summed.detach(), normed
         if recorded is None:
             recorded = x if addend is None else x + addend
         summed = recorded.detach()
         rstd = _reciprocal_std(summed, eps)
         normed = (summed * rstd).to(summed.dtype).mul_(weight)
         ctx.save_for_backward(summed, rstd, weight)
-        ctx.has_addend = addend is not None
-        ctx.set_materialize_grads(False)
         return summed, normed
 
     @staticmethod
@@ -78,7 +89,11 @@ class _AddRmsNorm(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         summed, rstd, weight = ctx.saved_tensors
         dx = d_sum
-        if d_normed is not None:
+        if d_normed is not None and uses_triton(summed):
+            from . import triton
+
+            dx = triton.backward(summed, rstd, weight, d_normed, d_sum)
+        elif d_normed is not None:
             # d/ds = rstd · (g − s · mean(g·s) · rstd²) with g = dn · w
             g = d_normed.to(rstd.dtype) * weight
             mean = (

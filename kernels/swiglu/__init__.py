@@ -3,6 +3,9 @@
 The input is what serving records; the output is recomputed here and its backward needs only the
 input.
 
+On a GPU each direction is one Triton kernel. Liger's were not taken: they want gate and up as two
+tensors, and write the gradients over them, which here are borrowed rows. Not run on a GPU yet.
+
 Shapes: T tokens, I intermediate width.  Source: arXiv 2002.05202.
 """
 
@@ -12,6 +15,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from ..dispatch import uses_triton
 
 # Rows worked on at once: three [rows, I] buffers stay in a core's cache.
 _ROWS = 128
@@ -27,12 +32,20 @@ class _Swiglu(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate_up: Tensor) -> Tensor:
         ctx.save_for_backward(gate_up)
+        if uses_triton(gate_up):
+            from . import triton
+
+            return triton.forward(gate_up)
         gate, up = gate_up.chunk(2, dim=-1)
         return torch.nn.functional.silu(gate).mul_(up)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Tensor:
         (gate_up,) = ctx.saved_tensors
+        if uses_triton(gate_up):
+            from . import triton
+
+            return triton.backward(gate_up, dy)
         d_gate_up = torch.empty_like(gate_up)
         for chunk, d_out, d_in in zip(
             gate_up.split(_ROWS), dy.split(_ROWS), d_gate_up.split(_ROWS), strict=True

@@ -1,4 +1,6 @@
-"""One shared server for what does not end it: plain SGD, so that a step can be checked from outside."""
+"""Shared servers for what does not end them. One learns by plain SGD, so that a step can be checked from outside; the
+other records and learns nothing.
+"""
 
 import sys
 from pathlib import Path
@@ -34,8 +36,16 @@ SGD = [
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory):
-    from live import Server
+    from live import running
 
-    running = Server(tmp_path_factory.mktemp("shared") / "data", *SGD)
-    yield running
-    assert running.stop() == 0, running.tail()
+    with running(tmp_path_factory.mktemp("shared") / "data", *SGD) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def silent(tmp_path_factory):
+    from live import running
+
+    args = ["--record", "none", "--no-train", "--chunked-prefill-size", "256"]
+    with running(tmp_path_factory.mktemp("silent") / "data", *args) as server:
+        yield server

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,17 @@ def wait_for(condition: Any, timeout: float, what: str, every: float = 0.05) -> 
             return value
         time.sleep(every)
     raise AssertionError(f"{what}: not within {timeout} s")
+
+
+@contextlib.contextmanager
+def running(data_dir: Path, *args: str) -> Iterator[Server]:
+    """A server that is ready, and ends well with the block."""
+    server = Server(data_dir, *args)
+    try:
+        yield server
+    finally:
+        status = server.stop()
+    assert status == 0, server.tail()
 
 
 class Server:
@@ -114,7 +126,10 @@ class Server:
         if self.process.poll() is None:
             self.process.send_signal(number)
         try:
-            return self.process.wait(timeout)
+            status = self.process.wait(timeout)
+            # It never fails a request, so nobody else would see it.
+            assert "recording has failed" not in self.log.read_text(errors="replace"), self.tail()
+            return status
         except subprocess.TimeoutExpired:
             for child in self.children():
                 child.kill()

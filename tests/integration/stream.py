@@ -23,6 +23,7 @@ class Stream:
         self.error: Exception | None = None
         self.started = threading.Event()
         self.done = threading.Event()
+        self._cut = threading.Event()
         body = {
             "model": "alchemist-tiny",
             "messages": [{"role": "user", "content": "tell me a story about a fox"}],
@@ -43,6 +44,8 @@ class Stream:
                 "POST", f"{url}/v1/chat/completions", json=body, timeout=120
             ) as answer:
                 for line in answer.iter_lines():
+                    if self._cut.is_set():
+                        break
                     if line.startswith("data: {"):
                         self._chunk(json.loads(line.removeprefix("data: ")))
         except httpx.HTTPError as error:
@@ -58,6 +61,11 @@ class Stream:
             if choice["delta"].get("content"):
                 self.started.set()
             self.finish_reason = choice.get("finish_reason") or self.finish_reason
+
+    def cut(self) -> None:
+        """Hang up, as a client does that has seen enough."""
+        self._cut.set()
+        self.wait()
 
     def wait(self, timeout: float = 120.0) -> None:
         assert self.done.wait(timeout), "the stream did not end"

@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from live import BOOT_S, ROOT, Server, wait_for
+from live import BOOT_S, ROOT, Server, free_port, wait_for
 from remains import query
 from stream import Stream
 
@@ -138,7 +138,7 @@ def launches(home, full_disk, taken_port, running):
 
 
 def most_of_memory() -> str:
-    from alchemist.server.config import physical_memory_bytes
+    from alchemist.server.machine_memory import physical_memory_bytes
 
     return f"{physical_memory_bytes() - 2**20}B"
 
@@ -400,3 +400,49 @@ def test_activation_memory_for_less_than_a_row_ends_the_launch(tmp_path):
         r"--activation-host-gb 100 bytes holds no row; one token .* takes \d+ bytes", said
     )
     assert server.children() == []
+
+
+@pytest.fixture
+def small_group():
+    """A memory control group of 6 GiB; its file of members."""
+    for top, limit in (
+        (Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes"),
+        (Path("/sys/fs/cgroup"), "memory.max"),
+    ):
+        folder = top / f"alchemist-test-{os.getpid()}"
+        if not (top / "cgroup.procs").exists() or not os.access(top, os.W_OK):
+            continue
+        folder.mkdir()
+        try:
+            (folder / limit).write_text(str(6 * 2**30))
+            yield folder / "cgroup.procs"
+            return
+        except OSError:
+            continue
+        finally:
+            folder.rmdir()
+    pytest.skip("needs the right to make a memory control group")
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ("7GiB", r"--activation-host-gb is '7.0 GiB'; allowed: .* 6.0 GiB this machine has"),
+        ("6143MiB", r"--activation-host-gb is 6.0 GiB; allowed: .* [45].\d GiB that are free"),
+    ],
+)
+def test_activation_memory_beyond_a_containers_limit(small_group, tmp_path, asked, said):
+    """The kernel would kill the server without a word."""
+    command = [sys.executable, "-m", "alchemist.server", "--activation-host-gb", asked]
+    command += ["--data-dir", str(tmp_path / "data"), "--port", str(free_port())]
+    join = f'echo $$ > {small_group} && exec "$@"'
+    done = subprocess.run(
+        ["sh", "-c", join, "sh", *command],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        timeout=BOOT_S,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert re.search(said, done.stderr), done.stderr

@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from conftest import SGD
-from live import Server, wait_for
+from live import running, wait_for
 from test_recording_changes_nothing import answers
 
 LONG = "What sound does a dog make? " * 55
@@ -14,13 +14,10 @@ LONG = "What sound does a dog make? " * 55
 
 @pytest.fixture(scope="module")
 def crowded(tmp_path_factory):
-    running = Server(
-        tmp_path_factory.mktemp("crowded") / "data",
-        *SGD,
-        *("--record", "decode", "--max-total-tokens", "2400", "--activation-host-gb", "640MiB"),
-    )
-    yield running
-    assert running.stop() == 0, running.tail()
+    args = [*SGD, "--record", "decode"]
+    args += ["--max-total-tokens", "2400", "--activation-host-gb", "640MiB"]
+    with running(tmp_path_factory.mktemp("crowded") / "data", *args) as server:
+        yield server
 
 
 def crowd(server, count=12):
@@ -42,18 +39,11 @@ def hedged(server):
     )
 
 
-def test_tokens_are_those_of_a_server_that_records_nothing(crowded, tmp_path):
+def test_tokens_are_those_of_a_server_that_records_nothing(crowded, silent):
     crowd(crowded)
     found = answers(crowded)
     assert rows(crowded)["slots_reclaimed"] > 1000
-    silent = Server(
-        tmp_path / "silent",
-        *("--record", "none", "--no-train", "--chunked-prefill-size", "256"),
-    )
-    try:
-        assert answers(silent) == found
-    finally:
-        assert silent.stop() == 0, silent.tail()
+    assert answers(silent) == found
 
 
 def test_a_late_vote_finds_its_rows_on_the_host(crowded):

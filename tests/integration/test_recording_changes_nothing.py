@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from live import Server
+from openai import OpenAI
 
 PROMPTS = [
     "Hello!",
@@ -27,16 +27,6 @@ def answers(server):
     return out
 
 
-@pytest.fixture(scope="module")
-def silent(tmp_path_factory):
-    running = Server(
-        tmp_path_factory.mktemp("silent") / "data",
-        *("--record", "none", "--no-train", "--chunked-prefill-size", "256"),
-    )
-    yield running
-    assert running.stop() == 0, running.tail()
-
-
 def test_bit_equal(server, silent):
     with_recording = answers(server)
     receipt = server.receipt(server.chat(PROMPTS[0], model="base")["id"])
@@ -44,23 +34,77 @@ def test_bit_equal(server, silent):
     assert answers(silent) == with_recording
 
 
-def test_a_request_can_ask_not_to_be_recorded(server):
-    def recorded(text, **headers):
-        body = {
-            "model": "base",
-            "messages": [{"role": "user", "content": text}],
-            "max_tokens": 4,
-            "cache_salt": text,
-        }
-        answer = server.http.post("/v1/chat/completions", json=body, headers=headers)
-        assert answer.status_code == 200
-        receipt = server.receipt(answer.json()["id"])
-        return receipt["recorded_tokens"], receipt["prompt_tokens"]
+def ask(server, text, *, headers=None, **fields):
+    body = {
+        "model": "base",
+        "messages": [{"role": "user", "content": text}],
+        "max_tokens": 4,
+        "cache_salt": text,
+        **fields,
+    }
+    return server.http.post("/v1/chat/completions", json=body, headers=headers)
 
-    kept, length = recorded("What is 4 + 5, please?")
-    assert kept == length
-    kept, length = recorded("What is 5 + 5, please?", **{"X-Alchemist-Record": "false"})
-    assert (kept, length > 0) == (0, True)
+
+YES, NO = {"alchemist": {"record": True}}, {"alchemist": {"record": False}}
+HEADER = {"headers": {"X-Alchemist-Record": "false"}}
+
+
+@pytest.mark.parametrize(
+    ("said", "is_recorded"),
+    [
+        ({}, True),
+        (YES, True),
+        ({"alchemist": {}}, True),
+        (NO, False),
+        (HEADER, False),
+        ({**YES, **HEADER}, False),
+        ({**NO, "headers": {"X-Alchemist-Record": "true"}}, False),
+    ],
+)
+def test_a_request_can_ask_not_to_be_recorded(server, said, is_recorded):
+    answer = ask(server, f"What is 4 + 5, please? {said}", **said)
+    assert answer.status_code == 200, answer.text
+    receipt = server.receipt(answer.json()["id"])
+    assert receipt["prompt_tokens"] > 10
+    assert receipt["recorded_tokens"] == (receipt["prompt_tokens"] if is_recorded else 0)
+
+
+def test_a_stream_and_a_text_completion_can_ask_not_to_be_recorded(server):
+    client = OpenAI(base_url=f"{server.url}/v1", api_key="none")
+    chunks = client.chat.completions.create(
+        model="base",
+        messages=[{"role": "user", "content": "And what is 5 + 5, please?"}],
+        max_tokens=4,
+        stream=True,
+        extra_body={**NO, "cache_salt": "stream"},
+    )
+    ids = {chunk.id for chunk in chunks}
+    text = client.completions.create(
+        model="base", prompt="Six and six is", max_tokens=4, extra_body={**NO, "cache_salt": "text"}
+    )
+    for completion_id in (*ids, text.id):
+        receipt = server.receipt(completion_id)
+        assert (receipt["recorded_tokens"], receipt["prompt_tokens"] > 0) == (0, True)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("said", "named"),
+    [
+        ({"alchemist": {"record": 0}}, "alchemist.record is 0; allowed: true or false"),
+        ({"alchemist": {"record": "no"}}, 'alchemist.record is "no"; allowed: true or false'),
+        ({"alchemist": {"recrod": False}}, "alchemist.recrod is not known; allowed: record"),
+        ({"alchemist": [False]}, "alchemist is [false]; allowed: an object"),
+        (
+            {"headers": {"X-Alchemist-Record": "no"}},
+            "header X-Alchemist-Record is 'no'; allowed: true or false",
+        ),
+    ],
+)
+def test_a_choice_that_cannot_be_understood_is_refused(server, said, named, stream):
+    answer = ask(server, "Hello!", stream=stream, **said)
+    assert answer.status_code == 400, answer.text
+    assert named in answer.json()["message"]
 
 
 def test_without_training_votes_are_kept(silent):

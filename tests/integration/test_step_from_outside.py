@@ -57,6 +57,20 @@ def test_one_live_step_equals_the_step_of_transformers_and_peft(server, from_bas
     parent = server.training()["live_version"]
     if not from_base:
         assert parent != "v0"
+    step, kl, error = train_and_compare(server)
+    assert step["tokens_reused"] > 0
+    assert step["kl"] == pytest.approx(kl, abs=1e-4)
+    assert error <= 1e-4
+
+
+def train_and_compare(server):
+    """One step of four votes on the live version.
+
+    Returns:
+        The step's metrics, the KL estimate computed outside, and how far the masters' move is from the one computed
+        outside: relative to it, beyond what float32 rounding of the masters explains.
+    """
+    parent = server.training()["live_version"]
     answers = [
         server.chat(q, temperature=1.0)
         for q in ("Hello!", "What is 2 + 9?", "Tell me a story.", "Who are you?")
@@ -69,7 +83,6 @@ def test_one_live_step_equals_the_step_of_transformers_and_peft(server, from_bas
     version = next(v for v in server.versions() if v["version"] == status["live_version"])
     assert version["parent"] == parent
     assert len(version["feedback_ids"]) == 4
-    assert status["last_step"]["tokens_reused"] > 0
     receipts = [server.receipt(a["id"]) for a in answers]
     completions = [
         (r["prompt_token_ids"], r["response_token_ids"], label)
@@ -77,7 +90,6 @@ def test_one_live_step_equals_the_step_of_transformers_and_peft(server, from_bas
     ]
     parent_path = server.data_dir / "versions" / parent
     expected, kl = outside_step(parent_path, completions)
-    assert status["last_step"]["kl"] == pytest.approx(kl, abs=1e-4)
     before = load_file(parent_path / "adapter_model.safetensors")
     after = load_file(f"{version['path']}/adapter_model.safetensors")
     assert after.keys() == expected.keys()
@@ -88,5 +100,5 @@ def test_one_live_step_equals_the_step_of_transformers_and_peft(server, from_bas
         torch.cat([before[n].abs().flatten() for n in sorted(after)]).double().norm() * 2**-23
     )
     assert wanted.norm() > 100 * rounding
-    assert (moved - wanted).norm() <= 1e-4 * wanted.norm() + rounding
     assert all(t.dtype == torch.float32 for t in after.values())
+    return status["last_step"], kl, float(((moved - wanted).norm() - rounding) / wanted.norm())

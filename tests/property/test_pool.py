@@ -32,6 +32,8 @@ class PoolMachine(RuleBasedStateMachine):
         self.content: dict[int, float] = {}
         self.answers: dict[str, list[tuple[int, float]]] = {}
         self.readers: list[tuple[Recorded, list, tuple]] = []
+        self.orphans: list[tuple] = []
+        """Tickets of a trainer that has died."""
         self.clock = 0.0
 
     @rule(count=st.integers(1, 12))
@@ -119,10 +121,40 @@ class PoolMachine(RuleBasedStateMachine):
             self.pool.check_in(self.readers.pop(index)[2].ticket)
 
     @rule()
+    def the_trainer_dies(self):
+        """In the middle of whatever it does: it only reads. What it has checked out stays so for the time being."""
+        self.orphans += [out.ticket for _, _, out in self.readers]
+        self.readers.clear()
+
+    @rule()
+    def a_new_trainer_comes(self):
+        """The scheduler checks in for the dead one."""
+        for ticket in self.orphans:
+            self.pool.check_in(ticket)
+        self.orphans.clear()
+        if not self.readers:
+            assert not self.pool._refs.any()
+
+    @rule()
     def flush(self):
         self.allocator.clear()
         self.owned.clear()
         self.content.clear()
+
+    def teardown(self):
+        """Recording fails, whatever is going on: rows end, readers are told, and serving has every slot."""
+        self.pool.stop("the end of the test")
+        self.pool.check_integrity()
+        free = self.allocator.free_pages.tolist()
+        owned = sum(slots.numel() for slots in self.owned)
+        assert len(set(free)) == len(free)
+        assert len(free) * self.world.page_size + owned == SIZE
+        for found, *_ in self.readers:
+            where = found.rows >= 0
+            if where.any():
+                with pytest.raises(RowsRevoked) as revoked:
+                    self.world.view.check(found.rows[where], found.gens[where])
+                assert len(revoked.value.rows) == int(where.sum())
 
     @invariant()
     def tables_agree(self):
@@ -160,6 +192,8 @@ def test_a_row_goes_on_from_its_copy_when_serving_takes_its_slots():
     assert [v for v, _ in before] == list(held.values())
     # Everything else is serving's now: nothing is lent any more.
     assert world.serve(SIZE - 3) is not None
+    # Without the check a reader would take serving's keys and values for activations.
+    assert world.read(found, check=False) != before
     with pytest.raises(RowsRevoked) as revoked:
         world.read(found)
     found = found.without(torch.tensor(revoked.value.rows))
@@ -234,6 +268,22 @@ def test_a_prompt_gets_neighbouring_slots_while_there_are_any():
     assert world.pool.device.cells.shape[1] == size
 
 
+def test_a_token_recorded_into_a_page_leaves_the_rows_of_its_neighbours():
+    """Chunks and decode steps write into pages whose first slots have rows of the same request."""
+    world = World(page_size=4, host_rows=8)
+    page = world.serve(1)
+    first = world.record(page[:2])
+    then = world.record(page[2:3])
+    rows = as_recorded(world.pool.check_out("a", page[:3], 3))
+    expected = [(stamp, float(slot)) for slot, stamp in (first | then).items()]
+    assert world.read(rows) == expected
+    again = world.record(page[1:2])
+    assert world.pool.record_of_slot[page.numpy()].tolist()[3] == -1
+    rows = as_recorded(world.pool.check_out("a", page[:3], 3))
+    expected[1] = (again[int(page[1])], float(page[1]))
+    assert world.read(rows) == expected
+
+
 def test_a_cache_narrower_than_the_activations_holds_them_as_bytes():
     # float16 slots, float32 rows: a cell is two float32 in four float16.
     world = World(host_rows=4, kv_dtype=torch.float16)
@@ -247,6 +297,44 @@ def test_a_cache_narrower_than_the_activations_holds_them_as_bytes():
     out = world.pool.check_out("a", slots[:0], 3)
     on_host = as_recorded(out).without(torch.from_numpy(out.rows))
     assert world.read(on_host) == expected
+
+
+def test_every_entry_of_the_table_happens_in_the_pool():
+    """Serving, hedging, votes and flushes at random, until each has been seen; what is not listed never is."""
+    draw = np.random.default_rng(0)
+    seen = set()
+    for turn in range(200):
+        world = World(host_rows=6, eviction=("value", "lru")[turn % 2])
+        pool = world.pool
+        change = pool._change
+
+        def watch(records, event, pool=pool, change=change):
+            seen.update((RowState(s), event) for s in pool.state[records])
+            change(records, event)
+
+        pool._change = watch
+        owned = []
+        for now in range(60):
+            action = draw.integers(7)
+            if action == 0 and (slots := world.serve(int(draw.integers(1, 12)))) is not None:
+                owned.append(slots)
+                world.record(slots)
+            elif action == 1 and owned:
+                slots = owned[draw.integers(len(owned))]
+                pool.finish(f"r{draw.integers(4)}", slots, slots.numel(), now)
+            elif action == 2 and owned:
+                world.allocator.free(owned.pop(draw.integers(len(owned))))
+            elif action == 3:
+                pool.forget(f"r{draw.integers(4)}", now)
+            elif action == 4:
+                pool.voted(f"r{draw.integers(4)}", now)
+                pool.appraise(now)
+            else:
+                pool.hedge(int(draw.integers(1, 6)))
+            pool.check_integrity()
+        if seen == set(ROW):
+            return
+    pytest.fail(f"never seen: {set(ROW) - seen}")
 
 
 @pytest.mark.parametrize("state", RowState)

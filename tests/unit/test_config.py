@@ -8,15 +8,13 @@ from pathlib import Path
 import pytest
 import yaml
 
-from alchemist.server import config as config_module
+from alchemist.server import options
 from alchemist.server.config import (
     LINEAR_MODULES,
-    TINY_OPTIONS,
     Config,
-    auto_host_bytes,
-    parse,
-    physical_memory_bytes,
 )
+from alchemist.server.machine_memory import auto_host_bytes, physical_memory_bytes
+from alchemist.server.options import TINY_OPTIONS, parse
 
 
 def usage_error(capsys: pytest.CaptureFixture[str], argv: list[str], environ=None) -> str:
@@ -210,7 +208,7 @@ def test_help_lists_every_option_with_its_default(capsys: pytest.CaptureFixture[
         parse(["--help"], {})
     assert caught.value.code == 0
     text = capsys.readouterr().out
-    for option in config_module._OPTIONS:
+    for option in options._OPTIONS:
         assert f"\n  {option}" in text
     assert text.count("(default") + text.count("default:") >= len(dataclasses.fields(Config))
     assert "--help-all" in text

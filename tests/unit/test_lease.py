@@ -11,7 +11,7 @@ import pytest
 from alchemist.protocol.errors import PeerProtocolError
 from alchemist.protocol.lease import Gate, Lease
 from alchemist.protocol.shm import create
-from alchemist.protocol.states import LeaseState, TrainerEvent, TrainerState
+from alchemist.protocol.states import LEASE, LeaseState, TrainerEvent, TrainerState
 
 
 def running() -> tuple[Lease, Gate]:
@@ -205,3 +205,32 @@ def test_only_a_control_block_is_attached():
     with pytest.raises(PeerProtocolError, match="control block"):
         Lease.attach(segment.handle)
     assert os.getpid() == segment.handle.pid
+
+
+def test_every_entry_of_the_table_happens_at_the_gate():
+    lease, gate = running()
+    seen, advance = set(), gate._advance
+
+    def watch(event):
+        seen.add((gate.state, event))
+        advance(event)
+
+    gate._advance = watch
+    lease.set_share(1.0)
+    lease.set_front_busy(1)
+    gate()
+    assert gate.state is LeaseState.METERED
+    lease.set_front_busy(0)
+    gate()
+    assert gate.state is LeaseState.GRANTED
+    lease.set_front_busy(1)
+    gate()
+    lease.set_share(0.0)
+    threading.Timer(0.05, lease.set_front_busy, [0]).start()
+    gate()
+    assert gate.state is LeaseState.GRANTED
+    lease.set_front_busy(1)
+    threading.Timer(0.05, lease.set_share, [0.5]).start()
+    gate()
+    assert gate.state is LeaseState.METERED
+    assert seen == set(LEASE.table)

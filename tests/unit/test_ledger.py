@@ -2,39 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from ledger_support import completion, vote
 
 from alchemist.server import ledger as ledger_module
 from alchemist.server.errors import Conflict, InvalidRequest, LedgerError, NotFound
 from alchemist.server.ledger import Ledger
-from alchemist.server.records import Completion, Vote
-
-
-@pytest.fixture
-def ledger(tmp_path: Path) -> Iterator[Ledger]:
-    opened = Ledger(tmp_path / "data" / "ledger.sqlite3")
-    yield opened
-    opened.close()
-
-
-def completion(rid: str = "c1", **changes) -> Completion:
-    fields = {
-        "id": rid,
-        "version": 0,
-        "prompt_ids": [1, 2, 3],
-        "response_ids": [4, 5],
-        "response_logprobs": [-0.5, -0.25],
-        "sampling": {"temperature": 0.5},
-        "finish_reason": "stop",
-    }
-    return Completion(**{**fields, **changes})
-
-
-def vote(ledger: Ledger, rid: str = "c1", rating: int = 1, **changes):
-    return ledger.put_feedback(Vote(completion_id=rid, rating=rating, **changes)).result()
+from alchemist.server.records import Vote
 
 
 def add_voted(ledger: Ledger, count: int) -> list[str]:

@@ -1,38 +1,14 @@
 """What a forward pass leaves is copied later: into the rows that still are what they were, and nowhere else."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
-from pool_support import SIZE, World, as_recorded
+from pool_support import SIZE, World, as_recorded, bare_model
 
 from alchemist.server.recorder import Recorder
 
 
-def module():
-    def forward(*args):
-        return args
-
-    return SimpleNamespace(
-        _forward_hooks={}, _forward_pre_hooks={}, _forward_method=forward, forward_native=forward
-    )
-
-
 def recorder_of(world):
-    """A recorder over modules that are never called: the tests hand over what their hooks would."""
-
-    def layer():
-        attention = SimpleNamespace(qkv_proj=module(), o_proj=module(), rotary_emb=module())
-        mlp = SimpleNamespace(gate_up_proj=module(), act_fn=module())
-        return SimpleNamespace(
-            input_layernorm=module(),
-            post_attention_layernorm=module(),
-            self_attn=attention,
-            mlp=mlp,
-        )
-
-    model = SimpleNamespace(model=SimpleNamespace(layers=[layer() for _ in range(2)]))
-    return Recorder(model, world.layout, world.pool)
+    return Recorder(bare_model(), world.layout, world.pool)
 
 
 def forward(recorder, world, slots, which=None):

@@ -1,0 +1,510 @@
+"""Accuracy of the Triton kernels: their error beside plain PyTorch's of the same dtype, both against float64 that was
+given the same rounded inputs. Outputs and every gradient.
+
+Run by tests/gpu/test_kernels.py on a GPU, by tests/unit/test_kernels_interpreted.py in Triton's interpreter, and as a
+program: `python tests/kernel_accuracy.py --device cuda --dtype bfloat16 [--only NAME,NAME]` prints one JSON object a
+comparison.
+"""
+
+import argparse
+import dataclasses
+import json
+import math
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from alchemist.kernels import (
+    fp8_rows,
+    linear_logprob,
+    pack_rows,
+    path_attention,
+    replay_linear,
+    rms_norm,
+    rope,
+    swiglu,
+)
+from alchemist.kernels.fp8_rows import reference as fp8_rows_reference
+from alchemist.kernels.linear_logprob import reference as linear_logprob_reference
+from alchemist.kernels.pack_rows import Field
+from alchemist.kernels.pack_rows import reference as pack_rows_reference
+from alchemist.kernels.path_attention import PathBlock
+from alchemist.kernels.replay_linear import LoraPart, unread
+from alchemist.kernels.replay_linear import reference as replay_linear_reference
+from alchemist.kernels.rms_norm import reference as rms_norm_reference
+from alchemist.kernels.rope import reference as rope_reference
+from alchemist.kernels.swiglu import reference as swiglu_reference
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """One tensor: greatest and root-mean-square error of ours and of plain PyTorch."""
+
+    case: str
+    tensor: str
+    dtype: str
+    max_error: float
+    max_plain: float
+    max_allowed: float
+    rms_error: float
+    rms_plain: float
+    rms_allowed: float
+
+    @property
+    def ok(self) -> bool:
+        # Written so that a NaN fails.
+        return self.max_error <= self.max_allowed and self.rms_error <= self.rms_allowed
+
+
+def measure(case: str, tensor: str, ours: Tensor, plain: Tensor, truth: Tensor) -> Comparison:
+    """Allowed: twice plain PyTorch's greatest error and 1.25 times its rms, and, for where that is exact or nearly so
+    by luck, one rounding of the largest number and a tenth of the rms of one rounding each.
+    """
+    assert ours.shape == plain.shape == truth.shape, (case, tensor, ours.shape, truth.shape)
+    assert truth.dtype == torch.float64
+    rounding = torch.finfo(plain.dtype).eps / 2
+    errors = [(t.double() - truth).abs() for t in (ours, plain)]
+    (max_error, max_plain), (rms_error, rms_plain) = (
+        [float(f(e)) if e.numel() else 0.0 for e in errors] for f in (torch.amax, _rms)
+    )
+    top, rms = (float(f(truth)) if truth.numel() else 0.0 for f in (lambda t: t.abs().amax(), _rms))
+    return Comparison(
+        case=case,
+        tensor=tensor,
+        dtype=str(plain.dtype).removeprefix("torch."),
+        max_error=max_error,
+        max_plain=max_plain,
+        max_allowed=2 * max_plain + rounding * top,
+        rms_error=rms_error,
+        rms_plain=rms_plain,
+        rms_allowed=1.25 * rms_plain + 0.1 * rounding * rms,
+    )
+
+
+def _rms(x: Tensor) -> Tensor:
+    return x.square().mean().sqrt()
+
+
+Function = Callable[..., tuple[Tensor, ...]]
+
+
+class Bench:
+    """Where and in what dtype to compare, and how large. `is_small`: for the interpreter."""
+
+    def __init__(self, device: str, dtype: torch.dtype, *, is_small: bool) -> None:
+        self.device, self.dtype, self.is_small = torch.device(device), dtype, is_small
+        self._generator = torch.Generator().manual_seed(0)
+
+    def random(self, *shape: int, scale: float = 1.0) -> Tensor:
+        """Normal numbers, rounded to the dtype."""
+        x = torch.randn(*shape, generator=self._generator, dtype=torch.float64) * scale
+        return x.to(self.device, self.dtype)
+
+    def index(self, high: int, n: int) -> Tensor:
+        return torch.randint(high, (n,), generator=self._generator).to(self.device)
+
+    def permutation(self, n: int) -> Tensor:
+        return torch.randperm(n, generator=self._generator)
+
+    def compare(
+        self, case: str, ours: Function, plain: Function, leaves: dict[str, Tensor], **fixed: Tensor
+    ) -> Iterator[Comparison]:
+        """Both functions take `leaves` and `fixed` by name; leaves are differentiated. The gradient of the outputs is
+        random, so every gradient is.
+        """
+        with torch.no_grad():
+            shapes = [o.shape for o in plain(**leaves, **fixed)]
+        upstream = [self.random(*shape) for shape in shapes]
+        runs = [
+            _run(ours, leaves, fixed, upstream, self.dtype),
+            _run(plain, leaves, fixed, upstream, self.dtype),
+            _run(plain, leaves, fixed, upstream, torch.float64),
+        ]
+        names = [f"output {i}" for i in range(len(shapes))] + [f"d {name}" for name in leaves]
+        for name, *tensors in zip(names, *runs, strict=True):
+            yield measure(case, name, *tensors)
+
+
+def _run(
+    function: Function,
+    leaves: dict[str, Tensor],
+    fixed: dict[str, Tensor],
+    upstream: list[Tensor],
+    dtype: torch.dtype,
+) -> list[Tensor]:
+    own = {name: t.to(dtype).detach().requires_grad_() for name, t in leaves.items()}
+    rest = {name: t.to(dtype) if t.is_floating_point() else t for name, t in fixed.items()}
+    outputs = function(**own, **rest)
+    grads = torch.autograd.grad(
+        outputs, list(own.values()), [u.to(o.dtype) for u, o in zip(upstream, outputs, strict=True)]
+    )
+    return [*(o.detach() for o in outputs), *grads]
+
+
+def exact(case: str, tensor: str, ours: Tensor, expected: Tensor) -> Comparison:
+    """Bits are compared; the errors are numbers of elements that differ."""
+    kind = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[expected.element_size()]
+    different = float((ours.view(kind) != expected.view(kind)).sum())
+    dtype = str(expected.dtype).removeprefix("torch.")
+    return Comparison(case, tensor, dtype, different, 0.0, 0.0, different, 0.0, 0.0)
+
+
+def norms(bench: Bench) -> Iterator[Comparison]:
+    """Residual sum and norm, computed and from a recorded sum."""
+    eps = 1e-5
+
+    def ours(x: Tensor, addend: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+        return rms_norm.add_rms_norm(x, addend, weight, eps)
+
+    def plain(x: Tensor, addend: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+        return rms_norm_reference.add_rms_norm(x, addend, weight, eps)
+
+    def replayed(x: Tensor, addend: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+        recorded = (x + addend).detach()
+        return rms_norm.add_rms_norm(x, addend + float("nan"), weight, eps, recorded)
+
+    width = 200 if bench.is_small else 4096
+    for num_tokens, scale in ((1, 1.0), (0, 1.0), (13, 1e-2), (64, 30.0)):
+        leaves = {
+            "x": bench.random(num_tokens, width, scale=scale),
+            "addend": bench.random(num_tokens, width, scale=scale),
+        }
+        weight = bench.random(width)
+        case = f"add_rms_norm T={num_tokens} scale={scale}"
+        yield from bench.compare(case, ours, plain, leaves, weight=weight)
+        yield from bench.compare(f"{case} recorded", replayed, plain, leaves, weight=weight)
+
+
+def heads(bench: Bench) -> Iterator[Comparison]:
+    """Norm of heads, rotation, and both at once, of views into a fused tensor."""
+    eps = 1e-6
+
+    def view(fused: Tensor, dim: int) -> Tensor:
+        return fused[:, dim : 4 * dim].unflatten(-1, (3, dim))
+
+    for dim, num_tokens in ((64, 9), (128, 1), (128, 65), (80, 7)):
+        leaves = {"fused": bench.random(num_tokens, 5 * dim)}
+        angles = bench.random(num_tokens, dim // 2)
+        fixed = {"weight": bench.random(dim), "cos": angles.cos(), "sin": angles.sin()}
+
+        def norm(dim: int, module, fused: Tensor, weight: Tensor, cos: Tensor, sin: Tensor):
+            if module is rms_norm:
+                return (rms_norm.rms_norm(view(fused, dim), weight, eps),)
+            return module.add_rms_norm(view(fused, dim), None, weight, eps)[1:]
+
+        def turn(dim: int, module, fused: Tensor, weight: Tensor, cos: Tensor, sin: Tensor):
+            return (module.rope(view(fused, dim), cos, sin),)
+
+        def both(dim: int, module, fused: Tensor, weight: Tensor, cos: Tensor, sin: Tensor):
+            return (module.norm_rope(view(fused, dim), weight, eps, cos, sin),)
+
+        def replayed(dim: int, fused: Tensor, weight: Tensor, cos: Tensor, sin: Tensor):
+            x = view(fused, dim)
+            recorded = rope_reference.norm_rope(x, weight, eps, cos, sin).detach()
+            return (rope.norm_rope(x, weight, eps, cos, sin, recorded),)
+
+        for name, ours, plain in (
+            (
+                "rms_norm of heads",
+                partial(norm, dim, rms_norm),
+                partial(norm, dim, rms_norm_reference),
+            ),
+            ("rope", partial(turn, dim, rope), partial(turn, dim, rope_reference)),
+            ("norm_rope", partial(both, dim, rope), partial(both, dim, rope_reference)),
+            ("norm_rope recorded", partial(replayed, dim), partial(both, dim, rope_reference)),
+        ):
+            yield from bench.compare(f"{name} T={num_tokens} d={dim}", ours, plain, leaves, **fixed)
+
+
+def gates(bench: Bench) -> Iterator[Comparison]:
+    """SwiGLU."""
+    for num_tokens, width, scale in ((0, 24, 1.0), (1, 24, 1e-2), (5, 2500, 1.0), (65, 40, 10.0)):
+        width = width if bench.is_small else 5 * width
+        yield from bench.compare(
+            f"swiglu T={num_tokens} I={width} scale={scale}",
+            lambda gate_up: (swiglu.swiglu(gate_up),),
+            lambda gate_up: (swiglu_reference.swiglu(gate_up),),
+            {"gate_up": bench.random(num_tokens, 2 * width, scale=scale)},
+        )
+
+
+def tree_plan(
+    bench: Bench, nodes: list[tuple[int, int]], share: float
+) -> tuple[list[PathBlock], int, int]:
+    """A plan over the tree of `nodes` (parent or −1, tokens), rows shuffled; about `share` of the tokens are queries.
+    Returns it with the numbers of queries and of keys.
+    """
+    num_tokens = sum(length for _, length in nodes)
+    key_row = bench.permutation(num_tokens)
+    is_query = bench.permutation(num_tokens) < share * num_tokens
+    query_row = torch.full((num_tokens,), -1)
+    num_queries = int(is_query.sum())
+    query_row[is_query] = bench.permutation(num_queries)
+    plan, paths, start = [], [], 0
+    for parent, length in nodes:
+        tokens = torch.arange(start, start + length)
+        start += length
+        path = torch.cat([paths[parent], tokens]) if parent >= 0 else tokens
+        paths.append(path)
+        (depths,) = torch.where(
+            is_query[path] & (torch.arange(path.numel()) >= path.numel() - length)
+        )
+        if depths.numel():
+            plan.append(
+                PathBlock(
+                    query_row[path[depths]].to(bench.device),
+                    depths,
+                    key_row[path[: int(depths[-1]) + 1]].to(bench.device),
+                )
+            )
+    return plan, num_queries, num_tokens
+
+
+def plan_mask(plan: list[PathBlock], num_queries: int, num_keys: int) -> Tensor:
+    """[Q, S], True: seen."""
+    mask = torch.zeros(num_queries, num_keys, dtype=torch.bool, device=plan[0].keys.device)
+    for block in plan:
+        for query, depth in zip(block.queries.tolist(), block.depths.tolist(), strict=True):
+            mask[query, block.keys[: depth + 1]] = True
+    return mask
+
+
+def dense_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """Plain PyTorch: the whole score matrix. `mask` [Q, S], True: seen."""
+    queries = q.unflatten(1, (k.shape[1], -1))
+    scores = torch.einsum("qkgd,skd->kgqs", queries, k) / math.sqrt(q.shape[-1])
+    p = scores.masked_fill(~mask, -math.inf).softmax(-1)
+    return torch.einsum("kgqs,skd->qkgd", p, v).flatten(1, 2)
+
+
+TREES = {
+    "chain": ([(-1, 70)], 1.0),
+    "one token": ([(-1, 1)], 1.0),
+    "branches": ([(-1, 33), (0, 13), (0, 6), (1, 5), (1, 30)], 1.0),
+    "few missing": ([(-1, 40), (0, 3), (0, 17), (-1, 9)], 0.3),
+}
+
+
+def attention(bench: Bench) -> Iterator[Comparison]:
+    """Paths of trees; groups of 1 to 8 heads; outputs computed, recorded without and with log-sum-exp."""
+    shapes = [(1, 64, 2), (2, 64, 1), (3, 80, 1), (4, 128, 1), (8, 64, 1)]
+    if not bench.is_small:
+        shapes += [(1, 128, 8), (2, 128, 4), (8, 128, 2), (7, 128, 2), (5, 64, 2)]
+    for number, (groups, dim, kv_heads) in enumerate(shapes):
+        names = list(TREES) if not bench.is_small or number == 1 else ["branches"]
+        for name in names:
+            nodes, share = TREES[name]
+            if not bench.is_small:
+                nodes = [(parent, 9 * length + 4) for parent, length in nodes]
+            plan, num_queries, num_keys = tree_plan(bench, nodes, share)
+            mask = plan_mask(plan, num_queries, num_keys)
+            leaves = {
+                "q": bench.random(num_queries, groups * kv_heads, dim),
+                "k": bench.random(num_keys, kv_heads, dim),
+                "v": bench.random(num_keys, kv_heads, dim),
+            }
+            case = f"path_attention {name} G={groups} K={kv_heads} d={dim}"
+            yield from _attention_of(bench, case, plan, mask, leaves)
+
+
+def _attention_of(
+    bench: Bench, case: str, plan: list[PathBlock], mask: Tensor, leaves: dict[str, Tensor]
+) -> Iterator[Comparison]:
+    def plain(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+        return (dense_attention(q, k, v, mask),)
+
+    def ours(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+        # Values are a view into a wider tensor, as those of a fused projection are.
+        wide = torch.cat([v, v], dim=-1)[..., : v.shape[-1]]
+        return (path_attention.path_attention(q, k, wide, plan),)
+
+    def replayed(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+        recorded = dense_attention(q, k, v, mask).detach()
+        return (path_attention.path_attention(q, k, v, plan, recorded),)
+
+    yield from bench.compare(case, ours, plain, leaves)
+    if mask.shape[1] > 1:
+        # Of one key the gradient is zero, a difference of equals; how equal, depends on who rounded the output.
+        yield from bench.compare(f"{case} recorded", replayed, plain, leaves)
+
+
+def log_probabilities(bench: Bench) -> Iterator[Comparison]:
+    """LM head and log-probabilities, several targets a token, in several chunks."""
+    from alchemist.kernels.linear_logprob import triton as module
+
+    width, num_words = (40, 777) if bench.is_small else (1024, 50_001)
+    default = module.CHUNK_BYTES
+    for num_tokens, num_chunks in ((1, 1), (9, 3), (33, 2)):
+        # The logits of a language model spread over some ten nats.
+        h, table = (
+            bench.random(num_tokens, width),
+            bench.random(num_words + 7, width, scale=3 / width**0.5),
+        )
+        weight = table[:num_words]
+        rows = torch.cat([torch.arange(num_tokens), torch.arange(0, num_tokens, 3)]).sort().values
+        rows = rows.to(bench.device)
+        targets = bench.index(num_words, rows.numel())
+        d_logps = bench.random(rows.numel()).float()
+        module.CHUNK_BYTES = 4 * num_words * (-(-num_tokens // num_chunks))
+        try:
+            result = linear_logprob.linear_logprob(h, weight, rows, targets, gradient=True)
+        finally:
+            module.CHUNK_BYTES = default
+        d_h = linear_logprob.linear_logprob_backward(result, weight, rows, targets, d_logps)
+        runs = []
+        for dtype in (bench.dtype, torch.float64):
+            leaf = h.to(dtype).detach().requires_grad_()
+            logps = linear_logprob_reference.linear_logprob(leaf, weight.to(dtype), rows, targets)
+            runs.append([logps.detach(), *torch.autograd.grad(logps, leaf, d_logps.to(dtype))])
+        case = f"linear_logprob T={num_tokens} chunks={num_chunks}"
+        for name, *tensors in zip(("logps", "d h"), (result.logps, d_h), *runs, strict=True):
+            yield measure(case, name, *tensors)
+        empty = linear_logprob.linear_logprob(h[:0], weight, rows[:0], targets[:0], gradient=False)
+        assert empty.logps.shape == (0,)
+
+
+def linears(bench: Bench) -> Iterator[Comparison]:
+    """Replayed linear with adapters; also with gradients of the adapters kept in float32."""
+    width = 64 if bench.is_small else 1024
+    rank, splits, scaling = 16, (width, width // 4, width // 4), 2.0
+    ends = [sum(splits[: i + 1]) for i in range(3)]
+    for num_tokens in (1, 65, 130):
+        leaves = {"x": bench.random(num_tokens, width)}
+        for i, size in enumerate(splits):
+            leaves[f"a{i}"] = bench.random(rank, width, scale=width**-0.5)
+            leaves[f"b{i}"] = bench.random(size, rank, scale=0.1)
+        fixed = {
+            "weight": bench.random(sum(splits), width, scale=width**-0.5),
+            "bias": bench.random(sum(splits)),
+        }
+
+        def call(function, recorded, x: Tensor, weight: Tensor, bias: Tensor, **lora: Tensor):
+            parts = [
+                LoraPart(end - splits[i], end, lora[f"a{i}"], lora[f"b{i}"])
+                for i, end in enumerate(ends)
+            ]
+            given = {} if recorded is None else {"recorded": recorded(x)}
+            return function(x, weight, bias, parts, scaling, splits, **given)
+
+        def poison(x: Tensor) -> list[Tensor]:
+            return [unread((x.shape[0], n), x) for n in splits]
+
+        plain = partial(call, replay_linear_reference.replay_linear, None)
+        case = f"replay_linear T={num_tokens}"
+        yield from bench.compare(
+            case, partial(call, replay_linear.replay_linear, None), plain, leaves, **fixed
+        )
+        # A recorded output is never read; its value is no result of ours.
+        for found in bench.compare(
+            f"{case} recorded",
+            partial(call, replay_linear.replay_linear, poison),
+            plain,
+            leaves,
+            **fixed,
+        ):
+            if found.tensor.startswith("d "):
+                yield found
+
+
+def packed_rows(bench: Bench) -> Iterator[Comparison]:
+    """Rows in cells and back, bit for bit; cells of the activations' width and of half of it; rows left out."""
+    num_heads, dim = 2, 8 if bench.is_small else 128
+    num_slots, num_rows, slots_per_row = 300, 20, 8
+    for narrow, num_tokens in ((False, 1), (False, 7), (True, 13)):
+        kv_dtype = {2: torch.uint8, 4: torch.int16}[bench.dtype.itemsize] if narrow else bench.dtype
+        shape = (num_slots, num_heads, dim)
+        noise = bench.random(*shape).to(bench.dtype).contiguous().view(torch.uint8)
+        buffers = [
+            noise[..., : dim * kv_dtype.itemsize].contiguous().view(kv_dtype).clone()
+            for _ in range(4)
+        ]
+        keys, values, expected_keys, expected_values = (
+            pack_rows.plane(buffer, bench.dtype) for buffer in buffers
+        )
+        size = keys.shape[1]
+        cells = bench.permutation(num_slots)[: num_rows * slots_per_row].view(
+            num_rows, slots_per_row
+        )
+        cells = cells.to(bench.device)
+        rows = bench.permutation(num_rows)[:num_tokens].to(bench.device)
+        rows[num_tokens // 2 :: 5] = -1 if num_tokens > 1 else rows[0]
+        # One field ends inside a cell, one crosses from keys to values, one is a view of something wider.
+        widths = (3 * size, 2 * size - size // 2, 5 * size, size // 4)
+        starts = (0, 3, 5, 15)
+        fields = [
+            Field(bench.random(num_tokens, width + 3)[:, :width], start)
+            for width, start in zip(widths, starts, strict=True)
+        ]
+        pack_rows.pack_rows(fields, rows, cells, keys, values)
+        pack_rows_reference.pack_rows(fields, rows, cells, expected_keys, expected_values)
+        case = f"pack_rows T={num_tokens} cell={size}"
+        yield exact(case, "keys", keys, expected_keys)
+        yield exact(case, "values", values, expected_values)
+        found, expected = (
+            [Field(bench.random(*value.shape), start) for value, start in fields] for _ in range(2)
+        )
+        for ours, theirs in zip(found, expected, strict=True):
+            theirs.value.copy_(ours.value)
+        pack_rows.unpack_rows(found, rows, cells, keys, values)
+        pack_rows_reference.unpack_rows(expected, rows, cells, keys, values)
+        for i, (ours, theirs, source) in enumerate(zip(found, expected, fields, strict=True)):
+            yield exact(f"un{case}", f"field {i}", ours.value, theirs.value)
+            kept = rows >= 0
+            yield exact(f"un{case}", f"field {i} again", ours.value[kept], source.value[kept])
+
+
+def eight_bits(bench: Bench) -> Iterator[Comparison]:
+    """Rows in e4m3 and back: no worse than the nearest number there is."""
+    for num_tokens, width, scale in ((1, 8, 1e-3), (9, 300, 1.0), (5, 4100, 50.0)):
+        x = bench.random(num_tokens, width, scale=scale)
+        x[:, 0] *= 30
+        x[1:2] = 0
+        back = fp8_rows.decode(fp8_rows.encode(x), bench.dtype)
+        plain = fp8_rows_reference.round_trip(x.double()).to(bench.dtype)
+        case = f"fp8_rows T={num_tokens} D={width} scale={scale}"
+        yield measure(case, "round trip", back, plain, x.double())
+
+
+def eight_bit_codes(bench: Bench) -> Iterator[Comparison]:
+    """Every finite e4m3 number, decoded."""
+    codes = torch.arange(256, dtype=torch.uint8, device=bench.device)
+    codes = codes[(codes & 127) != 127].expand(3, -1)
+    # A multiple of 4.
+    codes = torch.cat([codes, codes[:, :2]], dim=1)
+    scales = torch.tensor([[1.0], [2.0**-20], [0.3]], device=bench.device)
+    encoded = torch.cat([codes, scales.view(torch.uint8)], dim=1)
+    expected = (codes.view(torch.float8_e4m3fn).float() * scales).to(bench.dtype)
+    yield exact("fp8_rows", "every code", fp8_rows.decode(encoded, bench.dtype), expected)
+
+
+CASES: dict[str, Callable[[Bench], Iterator[Comparison]]] = {
+    "norms": norms,
+    "heads": heads,
+    "gates": gates,
+    "attention": attention,
+    "log_probabilities": log_probabilities,
+    "linears": linears,
+    "packed_rows": packed_rows,
+    "eight_bits": eight_bits,
+    "eight_bit_codes": eight_bit_codes,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
+    parser.add_argument("--only", default=",".join(CASES), help="comma-separated cases")
+    args = parser.parse_args()
+    for name in args.only.split(","):
+        bench = Bench(args.device, getattr(torch, args.dtype), is_small=args.device == "cpu")
+        for found in CASES[name](bench):
+            print(
+                json.dumps({"name": name, **dataclasses.asdict(found), "ok": found.ok}), flush=True
+            )
+
+
+if __name__ == "__main__":
+    main()

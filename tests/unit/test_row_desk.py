@@ -1,0 +1,74 @@
+"""The scheduler's row desk: what a trainer holds is given back when another trainer comes, for that one has died."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+from scheduler_support import Scheduler
+
+from alchemist.protocol import messages
+
+PROMPT = list(range(1, 9))
+
+
+@pytest.fixture
+def scheduler(tmp_path):
+    scheduler = Scheduler(str(tmp_path), 400)
+    # A cache that remembers nothing: answers find their rows by themselves.
+    scheduler.engine._scheduler = SimpleNamespace(tree_cache=None)
+    prompt = scheduler.prefill(len(PROMPT))
+    assert prompt.begin()
+    prompt.compute()
+    scheduler.engine._flush()
+    assert scheduler.pool.hedge(100) == len(PROMPT)
+    scheduler.pool.finish("a", prompt.slots, len(PROMPT), 0.0)
+    yield scheduler
+    scheduler.engine.close()
+
+
+def check_out(scheduler, peer, ticket):
+    prompt = messages.Prompt(rid="a", extra_key=None, token_ids=messages.pack_ids(PROMPT))
+    answer = scheduler.engine._answer(peer, messages.CheckOut(ticket=ticket, prompts=[prompt]))
+    assert isinstance(answer, messages.CheckedOut)
+    assert answer.ticket == ticket
+    return answer.places[0]
+
+
+def readers(scheduler):
+    return sorted(scheduler.pool._refs[scheduler.pool._refs > 0].tolist())
+
+
+def test_a_trainer_gives_back_what_it_took(scheduler):
+    assert check_out(scheduler, b"one", 1) is not None
+    assert check_out(scheduler, b"one", 2) is not None
+    assert readers(scheduler) == [2] * len(PROMPT)
+    scheduler.engine._answer(b"one", messages.CheckIn(ticket=1, consumed=[]))
+    assert readers(scheduler) == [1] * len(PROMPT)
+    # Twice, or of nobody: nothing happens.
+    scheduler.engine._answer(b"one", messages.CheckIn(ticket=1, consumed=["a", "nobody"]))
+    scheduler.engine._answer(b"one", messages.CheckIn(ticket=7, consumed=[]))
+    assert readers(scheduler) == [1] * len(PROMPT)
+    scheduler.engine._answer(b"one", messages.CheckIn(ticket=2, consumed=[]))
+    assert readers(scheduler) == []
+
+
+def test_what_a_dead_trainer_held_is_given_back_when_the_next_one_asks(scheduler):
+    for ticket in range(3):
+        check_out(scheduler, b"dead", ticket)
+    assert readers(scheduler) == [3] * len(PROMPT)
+    assert check_out(scheduler, b"next", 0) is not None
+    assert readers(scheduler) == [1] * len(PROMPT)
+    # A message of the dead one that was still on its way.
+    scheduler.engine._answer(b"dead", messages.CheckIn(ticket=1, consumed=[]))
+    assert readers(scheduler) == [1] * len(PROMPT)
+    scheduler.pool.check_integrity()
+
+
+def test_when_recording_has_stopped_a_trainer_is_told_that_there_are_no_rows(scheduler):
+    check_out(scheduler, b"one", 1)
+    scheduler.engine.stop_recording(MemoryError("a test"))
+    assert check_out(scheduler, b"one", 2) is None
+    scheduler.engine._answer(b"one", messages.CheckIn(ticket=1, consumed=["a"]))
+    stats = scheduler.engine._answer(b"one", messages.AskRows(ticket=3))
+    assert b"MemoryError: a test" in stats.stats
