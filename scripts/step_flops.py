@@ -108,8 +108,8 @@ def _attention(config: WorkloadConfig, sequence: int, queries: int) -> int:
 
 
 def counted(step: Callable[[], object]) -> int:
-    """Operations of the matrix products of one call, by torch's counter; those of tokens, not those of the rows of zeros
-    by which few tokens become a multiple of 16.
+    """Operations of the matrix products of one call, by torch's counter; those of tokens, not those of the rows of
+    zeros by which few tokens become a multiple of 16.
     """
     # It knows the products, but not those that add in place.
     in_place = dict.fromkeys((torch.ops.aten.addmm_, torch.ops.aten.baddbmm_), _added)
