@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 ARGS ?=
 
-.PHONY: setup serve test test-slow check format clean
+.PHONY: setup serve test test-slow check format gpu-suite clean
 
 setup: ## virtual environment with everything
 	@PYTHON=$(PYTHON) scripts/setup.sh dev
@@ -27,6 +27,9 @@ check: setup ## lint, format, types
 format: setup
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+gpu-suite: ## checks and benchmarks that need a GPU, without network; see docs/gpu_suite.md
+	$(PYTHON) scripts/gpu_suite.py $(ARGS)
 
 clean:
 	rm -rf .venv .mypy_src build *.egg-info

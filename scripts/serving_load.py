@@ -10,6 +10,11 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import importlib
+import importlib.machinery
+import importlib.util
+import sys
+import types
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,9 +38,9 @@ class Load:
         model: directory with the tokenizer.
         """
         # Slow to import.
-        from sglang.benchmark import serving
         from transformers import AutoTokenizer
 
+        serving = _benchmark_client()
         self._serving: Any = serving
         self._tokenizer = AutoTokenizer.from_pretrained(model)
         self._input_len, self.output_len = input_len, output_len
@@ -87,3 +92,20 @@ class Load:
         if not done.success:
             raise RuntimeError(f"a request to {url} failed: {done.error}")
         return Timing(done.ttft * 1e3, sum(done.itl) / max(1, len(done.itl)) * 1e3)
+
+
+def _benchmark_client() -> Any:
+    """SGLang's `benchmark.serving`. It imports the package `datasets` for an image benchmark that we do not run; where
+    that is not installed, an empty module takes its place for as long as the import lasts.
+    """
+    is_there = importlib.util.find_spec("datasets") is not None
+    if not is_there:
+        empty = types.ModuleType("datasets")
+        empty.__spec__ = importlib.machinery.ModuleSpec("datasets", None)
+        empty.__dict__["load_dataset"] = None
+        sys.modules["datasets"] = empty
+    try:
+        return importlib.import_module("sglang.benchmark.serving")
+    finally:
+        if not is_there:
+            del sys.modules["datasets"]

@@ -104,8 +104,12 @@ class Backlog:
     would not do: threads that wait for one another use it, too.
     """
 
-    def __init__(self, target: Target) -> None:
-        self._http = target.http
+    def __init__(self, target: Target, *, prompt: int = 400, votes: int = VOTES) -> None:
+        """Args:
+        prompt: tokens of the prompts that were answered.
+        votes: waiting when a turn begins.
+        """
+        self._http, self._prompt, self._votes = target.http, prompt, votes
         self._user = 0
         self._draw = random.Random(0)
         self._step_s = 0.0
@@ -118,7 +122,7 @@ class Backlog:
 
     def _complete(self, i: int) -> str:
         body = {
-            "input_ids": [(13 * j + 101 * i) % 900 + 10 for j in range(400)],
+            "input_ids": [(13 * j + 101 * i) % 900 + 10 for j in range(self._prompt)],
             "sampling_params": {"max_new_tokens": 24, "temperature": 1.0, "ignore_eos": True},
         }
         return str(self._http.post("/generate", json=body).json()["meta_info"]["id"])
@@ -129,7 +133,7 @@ class Backlog:
 
     def start(self) -> None:
         """Train, from a moment of a step that is left to chance: its layers are only part of a step."""
-        for i in range(max(0, VOTES - self.status()["pending"])):
+        for i in range(max(0, self._votes - self.status()["pending"])):
             self._user += 1
             vote = {
                 "completion_id": self._completions[i % len(self._completions)],

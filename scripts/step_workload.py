@@ -112,6 +112,9 @@ def make_adapter(shape: ModelShape, config: WorkloadConfig) -> LoraAdapter:
 class Ours:
     """The replay engine over one model."""
 
+    view: Callable[..., ActivationView] = ActivationView
+    """What recorded rows are read through."""
+
     def __init__(self, weights: BaseWeights, config: WorkloadConfig) -> None:
         self.weights, self.shape = weights, weights.shape
         self.adapter = make_adapter(self.shape, config)
@@ -135,6 +138,7 @@ class Ours:
             with_responses: the responses' tokens have rows, too, as with `--record decode`.
         """
         shape, layout = self.shape, self.shape.row_layout(self.weights.dtype)
+        device, dtype = self.weights.device, self.weights.dtype
         tokens = [
             [*s.prompt_ids, *(s.response_ids[:-1] if with_responses else ())] for s in samples
         ]
@@ -142,19 +146,19 @@ class Ours:
         # As a server has them: a token's own slot first, then the borrowed ones of every row.
         size = layout.slots_per_row
         kv = (total * (1 + size), shape.num_kv_heads, shape.head_dim)
-        k = [torch.zeros(kv) for _ in range(shape.num_layers)]
-        v = [torch.zeros(kv) for _ in range(shape.num_layers)]
-        host = [torch.zeros(0, layout.width) for _ in range(shape.num_layers)]
+        k = [torch.zeros(kv, dtype=dtype, device=device) for _ in range(shape.num_layers)]
+        v = [torch.zeros(kv, dtype=dtype, device=device) for _ in range(shape.num_layers)]
+        host = [torch.zeros(0, layout.width, dtype=dtype) for _ in range(shape.num_layers)]
         cells = torch.arange(total, kv[0]).view(total, size)
         gens = torch.ones(total, dtype=torch.int64)
-        replay = ReplayEngine(self.weights, shape).replay(Phases(torch.device("cpu")))
+        replay = ReplayEngine(self.weights, shape).replay(Phases(device))
         counts = num_recorded or [len(ids) for ids in tokens]
         taken, start = [], 0
         for sample, ids, count in zip(samples, tokens, counts, strict=True):
             n, prompt = len(ids), len(sample.prompt_ids)
             # One more response token than there are rows: the last one is predicted and never read.
             response = [*ids[prompt:], 0]
-            batch = TokenBatch([(sample.prompt_ids, response)], [], [None], torch.device("cpu"))
+            batch = TokenBatch([(sample.prompt_ids, response)], [], [None], device)
             kept = replay.forward(batch, self.adapter, gradient=True).kept
             for layer, values in enumerate(kept):
                 planes = [t[total:].view(total, -1) for t in (k[layer], v[layer])]
@@ -175,7 +179,7 @@ class Ours:
             rows = torch.where(slots < start + count, slots, -1)
             taken.append(dataclasses.replace(sample, recorded=Recorded(rows, slots, gens[slots])))
             start += n
-        return taken, ActivationView(layout, host, k, v, gens, cells)
+        return taken, self.view(layout, host, k, v, gens, cells)
 
     def step(
         self,

@@ -123,6 +123,7 @@ class Engine:
                 "Alchemist trains with a plain multi-head KV pool, one [slots, heads, head size] a layer; "
                 "start with --no-train to serve without learning"
             )
+        require_unscaled_kv(runner)
         layout = layout_of(runner)
         weights = self._share_weights(runner.model)
         if self.config.record != "none":
@@ -531,6 +532,21 @@ def _is_opted_out(request: Any) -> bool:
     """Whether the front has marked a request as not to be recorded."""
     sampling = getattr(request, "sampling_params", None)
     return bool((getattr(sampling, "custom_params", None) or {}).get(OPT_OUT))
+
+
+def require_unscaled_kv(runner: Any) -> None:
+    """Keys and values must be what the KV cache says they are, rounded at most.
+
+    Raises:
+        RuntimeError: they are to be multiplied by scales that are somewhere else.
+    """
+    layers = runner.model.model.layers
+    has_scales = any(layer.self_attn.attn.k_scale is not None for layer in layers)
+    if has_scales or runner.token_to_kv_pool.is_quantized_kv_cache:
+        raise RuntimeError(
+            f"--kv-cache-dtype is {runner.server_args.kv_cache_dtype!r} with scales; allowed: auto, bf16, fp8_e4m3 or "
+            "fp8_e5m2 with a model that has none (or add --no-train to serve it without learning)"
+        )
 
 
 def layout_of(runner: Any) -> RowLayout:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..dispatch import uses_triton
+from alchemist.kernels.dispatch import uses_triton
 
 LARGEST = 448.0
 """Largest finite e4m3."""

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..dispatch import wide_mm
+from alchemist.kernels.dispatch import wide_mm
 
 # Logits of a chunk; its probabilities take half of it again. 512 MiB are 880 tokens of 152k words,
 # enough rows for the products to run at full rate.

@@ -29,7 +29,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..dispatch import uses_triton
+from alchemist.kernels.dispatch import uses_triton
 
 MAX_FIELDS = 6
 

@@ -37,7 +37,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..dispatch import uses_triton
+from alchemist.kernels.dispatch import uses_triton
 
 # Queries per tile: the score matrix of a tile stays near a core's cache, and the causal corner is small.
 TILE = 64

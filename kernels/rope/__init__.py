@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..dispatch import uses_triton
-from ..rms_norm import rms_norm
+from alchemist.kernels.dispatch import uses_triton
+from alchemist.kernels.rms_norm import rms_norm
 
 
 def rope(x_TND: Tensor, cos_TF: Tensor, sin_TF: Tensor, recorded: Tensor | None = None) -> Tensor:

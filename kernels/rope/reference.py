@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..rms_norm.reference import add_rms_norm
+from alchemist.kernels.rms_norm.reference import add_rms_norm
 
 
 def rope(x_TND: Tensor, cos_TF: Tensor, sin_TF: Tensor) -> Tensor:

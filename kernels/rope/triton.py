@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..rms_norm.triton import as_rows
+from alchemist.kernels.rms_norm.triton import as_rows
 
 # Heads of a program: 8 heads of 128 are 2048 elements.
 _ELEMENTS = 2048

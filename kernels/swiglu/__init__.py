@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..dispatch import uses_triton
+from alchemist.kernels.dispatch import uses_triton
 
 # Rows worked on at once: three [rows, I] buffers stay in a core's cache.
 _ROWS = 128

@@ -24,7 +24,6 @@ def round_of(tmp_path, *flags, tolerance):
             assert server.training()["live_version"] == parent
             step, _, error = train_and_compare(server)
             reused, computed = step["tokens_reused"], step["tokens_recomputed"]
-            print(flags, parent, "reused", reused, "computed", computed, "error", error)
             assert reused > computed
             assert error <= tolerance
         assert server.training()["live_version"] == "v2"
@@ -35,10 +34,11 @@ def test_pages_of_four_slots(tmp_path):
 
 
 # Serving and the recorded tokens' attention see keys and values rounded to the cache's format, the computation outside
-# does not: the gradient is off by some of the format's relative rounding error, 2^-9 and 2^-3.
+# does not: the gradient is off by a few times the format's relative rounding error (2^-9, 2^-4, 2^-3), and by all of it
+# where other bytes are taken for keys and values.
 @pytest.mark.parametrize(
-    ("dtype", "tolerance", "probe"), [("bf16", 0.02, "0.05"), ("fp8_e5m2", 0.4, "1")]
+    ("dtype", "tolerance"), [("bf16", 0.05), ("fp8_e4m3", 0.2), ("fp8_e5m2", 0.3)]
 )
-def test_keys_and_values_narrower_than_activations(tmp_path, dtype, tolerance, probe):
-    flags = ["--kv-cache-dtype", dtype, "--probe-tolerance", probe]
+def test_keys_and_values_narrower_than_activations(tmp_path, dtype, tolerance):
+    flags = ["--kv-cache-dtype", dtype, "--probe-tolerance", "0.5"]
     round_of(tmp_path, *flags, tolerance=tolerance)

@@ -13,8 +13,6 @@ from step_flops import counted, sft_flops
 from step_variants import Variants
 from step_workload import WorkloadConfig
 
-from alchemist.kernels import replay_linear
-
 # Of so many tokens no two prompts begin with the same.
 SHAPE = {
     "hidden_size": 32,
@@ -28,9 +26,7 @@ SHAPE = {
 
 @pytest.mark.parametrize("kind", ["recorded", "recompute"])
 @pytest.mark.parametrize(("batch", "prompt", "response"), [(1, 200, 5), (3, 61, 70), (2, 64, 2)])
-def test_formula_counts_what_the_engine_multiplies(monkeypatch, kind, batch, prompt, response):
-    # The formula is of tokens, not of the rows of zeros that make few of them a multiple of 16.
-    monkeypatch.setattr(replay_linear, "FEW_TOKENS", 0)
+def test_formula_counts_what_the_engine_multiplies(kind, batch, prompt, response):
     config = WorkloadConfig(batch=batch, prompt=prompt, response=response, num_layers=3, **SHAPE)
     step = Variants(config).make(f"sft {kind}")
     assert sft_flops(config, recorded=kind == "recorded").total == counted(step)

@@ -1,0 +1,257 @@
+"""The GPU suite without a GPU: its options, parts that hang or fail, its files, and what it asks of a host."""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
+
+import gpu_host
+from gpu_kernels import FACTORS, ratio
+from gpu_part import Part
+from gpu_preempt import rows_of
+from gpu_results import markdown, missing, not_run, table
+from gpu_rows import BY_NAME, PARTS, POLICIES, SPECS
+from gpu_suite import BUDGETS_S, DEADLINE_S, NOT_RUN, Suite, parse
+
+ROOT = Path(__file__).parents[2]
+HANGS = """
+import json, os, signal, sys, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+rows = sys.argv[sys.argv.index("--rows") + 1]
+row = {"name": "ipc_open_ms", "value": 3.0, "unit": "ms", "spread": [2.0, 4.0], "n": 5,
+       "against": None, "bar": None, "ok": None, "part": "ipc"}
+found = {"rows": [row], "reasons": {"ipc_refusals": "left out"}, "config": {"pid": os.getpid()}}
+open(rows, "w").write(json.dumps(found))
+time.sleep(600)
+"""
+FAILS = "import sys; sys.exit('no such thing')"
+
+
+def options(tmp_path, **changes):
+    known = {
+        "device": "cuda",
+        "tiny": False,
+        "out": tmp_path / "out",
+        "deadline": 12.0,
+        "attention_backend": "triton",
+        "commit": "abc",
+    }
+    return argparse.Namespace(**known | changes)
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--only", "ipc,speed"], "no part speed; parts are ipc, kernels, step, serve, preempt"),
+        (["--device", "cpu"], "--device cpu needs --tiny"),
+        (["--deadline", "5"], "--deadline is 5; allowed: 30 to 7200 seconds"),
+        (["--device", "tpu"], "invalid choice"),
+    ],
+)
+def test_bad_options_are_refused_by_name(argv, words, capsys):
+    with pytest.raises(SystemExit) as error:
+        parse(argv)
+    assert error.value.code == 2
+    assert words in capsys.readouterr().err
+
+
+def test_defaults_are_all_parts_in_under_nine_minutes():
+    found = parse([])
+    assert (found.only, found.device) == (list(PARTS), "cuda")
+    assert found.deadline == DEADLINE_S["cuda"] < 540
+    assert set(BUDGETS_S) == set(PARTS)
+    assert sum(BUDGETS_S.values()) < found.deadline
+
+
+@pytest.fixture(scope="module")
+def hung(tmp_path_factory):
+    """A run of two parts: the first hangs and does not listen, the second fails."""
+    tmp_path = tmp_path_factory.mktemp("suite")
+    scripts = {}
+    for part, text in (("ipc", HANGS), ("kernels", FAILS)):
+        scripts[part] = tmp_path / f"{part}.py"
+        scripts[part].write_text(text)
+    suite = Suite(options(tmp_path, deadline=6.0), ["ipc", "kernels"], scripts=scripts, grace_s=0.5)
+    (tmp_path / "work").mkdir()
+    started = time.monotonic()
+    suite.run(dict(os.environ), tmp_path / "work")
+    return suite, time.monotonic() - started, tmp_path / "out"
+
+
+def test_a_part_that_hangs_costs_its_own_rows_only(hung):
+    suite, seconds, _ = hung
+    assert seconds < 6.0
+    rows = {row["name"]: row for row in suite.rows()}
+    assert set(rows) == {spec.name for spec in SPECS if spec.part in ("ipc", "kernels")}
+    # What it had found is kept, and its own reasons come before ours.
+    assert rows["ipc_open_ms"]["value"] == 3.0
+    assert rows["ipc_refusals"]["why"] == "left out"
+    assert "killed: its time was up" in rows["ipc_leaked_mib"]["why"]
+    # It exited by itself, long before its time was up.
+    assert rows["kernels_failed"]["why"].endswith("status 1: no such thing")
+
+
+def test_nothing_of_it_is_left(hung):
+    _, _, out = hung
+    data = json.loads((out / "gpu_suite.json").read_text())
+    assert not psutil.pid_exists(data["config"]["parts"]["ipc"]["pid"])
+
+
+def test_both_results_are_written_and_say_the_same(hung):
+    suite, _, out = hung
+    data = json.loads((out / "gpu_suite.json").read_text())
+    assert (data["bench"], data["commit"]) == ("gpu_suite", "abc")
+    assert {"date", "machine", "versions", "config", "rows"} <= set(data)
+    assert data["rows"] == json.loads(json.dumps(suite.rows()))
+    page = (out / "gpu_suite.md").read_text()
+    assert page == markdown(data)
+    assert "| `ipc_open_ms` | opening the base weights' handles | 3 ms | 2 … 4 | 5 |  |  |" in page
+    assert "rehearsal" not in page
+    assert sorted(path.name for path in out.iterdir()) == [
+        *("gpu_suite.json", "gpu_suite.md", "ipc.log", "kernels.log"),
+    ]
+
+
+def test_a_deadline_that_has_passed_leaves_parts_out(tmp_path):
+    suite = Suite(options(tmp_path, deadline=1.0), ["step"], scripts={}, grace_s=0.5)
+    suite.run({}, tmp_path)
+    assert {row["why"] for row in suite.rows()} == {"left out: the deadline was reached before"}
+
+
+def test_a_rehearsal_meets_no_bars(tmp_path):
+    suite = Suite(options(tmp_path, device="cpu"), ["ipc"], scripts={})
+    row = missing(BY_NAME["ipc_leaked_mib"], "") | {"value": 0.0, "spread": [0.0, 0.0], "ok": True}
+    suite._found["ipc"] = {"rows": [row], "reasons": {}, "config": {}}
+    assert {row["ok"] for row in suite.rows()} == {None}
+    suite.options.out.mkdir()
+    suite.write()
+    assert "no figure here is a GPU's" in (suite.options.out / "gpu_suite.md").read_text()
+
+
+@pytest.fixture
+def part(tmp_path):
+    options = argparse.Namespace(
+        rows=tmp_path / "rows.json", device="cpu", tiny=True, seconds=30.0, folder=tmp_path
+    )
+    return Part("ipc", options)
+
+
+def test_an_attempt_that_fails_says_why_and_the_part_goes_on(part):
+    def first():
+        part.add("ipc_open_ms", [1.0, 2.0, 6.0])
+        raise RuntimeError("the rest\nis missing")
+
+    def inner():
+        part.attempt("inner", lambda: sys.exit("gate"), ["ipc_owner_errors"])
+
+    part.attempt("first", first, ["ipc_open_ms", "ipc_refusals"])
+    part.attempt("second", lambda: None, ["ipc_leaked_mib"])
+    part.attempt("third", lambda: None, ["ipc_leaked_maps"], seconds=60)
+    part.attempt("outer", inner, ["ipc_owner_errors", "ipc_wrong_bytes"])
+    found = json.loads(part.options.rows.read_text())
+    (row,) = found["rows"]
+    assert (row["value"], row["n"], row["ok"]) == (2.0, 3, None)
+    assert found["reasons"] == {
+        "ipc_refusals": "first: RuntimeError: the rest is missing",
+        "ipc_leaked_mib": "second ended without it",
+        "ipc_leaked_maps": "left out: third takes 60 s, 30 s were left",
+        # Whoever was nearest to it knows best.
+        "ipc_owner_errors": "inner: SystemExit: gate",
+        "ipc_wrong_bytes": "outer ended without it",
+    }
+
+
+def test_a_part_that_is_told_to_end_goes_no_further(part):
+    part._is_told = True
+    with pytest.raises(SystemExit):
+        part.attempt("first", lambda: sys.exit("ended"), ["ipc_open_ms"])
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "ok"),
+    [
+        ("ipc_leaked_mib", 16.0, True),
+        ("ipc_leaked_mib", 17.0, False),
+        ("ipc_leaked_mib", float("nan"), False),
+        ("sft_reuse_vs_peft", 2.0, True),
+        ("sft_reuse_vs_peft", 1.99, False),
+        ("ipc_open_ms", 1.0, None),
+    ],
+)
+def test_bars(name, value, ok):
+    assert BY_NAME[name].is_met(value) is ok
+
+
+def test_every_row_has_a_name_of_its_own_and_every_part_has_rows():
+    assert len(BY_NAME) == len(SPECS)
+    assert {spec.part for spec in SPECS} == set(PARTS)
+    assert sorted(rows_of(POLICIES)) == sorted(s.name for s in SPECS if s.part == "preempt")
+
+
+def test_the_page_of_what_was_not_run_is_that_of_the_rows():
+    assert NOT_RUN.read_text() == not_run()
+
+
+def test_a_table_keeps_its_columns():
+    row = missing(SPECS[0], "a | b\nc")
+    lines = table([row]).splitlines()
+    assert lines[2].count(" | ") == lines[0].count(" | ")
+    assert "a \\| b c" in lines[2]
+
+
+@pytest.mark.parametrize(
+    ("error", "plain", "allowed", "is_ok"),
+    [
+        (1.0, 0.5, 1.1, True),
+        (1.2, 0.5, 1.1, False),
+        (0.05, 0.0, 0.1, True),
+        (0.2, 0.0, 0.1, False),
+        (float("nan"), 0.5, 1.1, False),
+    ],
+)
+def test_a_kernels_ratio_is_within_its_bar_exactly_when_it_passes(error, plain, allowed, is_ok):
+    comparison = {"max_error": error, "max_plain": plain, "max_allowed": allowed}
+    assert (ratio(comparison, "max") <= FACTORS["max"]) is is_ok
+
+
+def test_what_a_host_lacks_is_named_with_what_to_do():
+    found = {"versions": {"transformers": "5.17.0"}, "plugins": [], "broken": {"zmq": "none"}}
+    said = gpu_host.problems(found, "cuda")
+    assert said[0] == "zmq cannot be imported: none"
+    assert any("--bundle" in line for line in said)
+    assert any("transformers is 5.17.0" in line for line in said)
+    assert any("--device cpu --tiny" in line for line in said)
+    good = {"versions": {}, "plugins": ["alchemist"], "broken": {}, "gpu": {}}
+    assert gpu_host.problems(good, "cuda") == []
+
+
+def test_a_bundle_that_is_none_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="there is no site/sglang in it"):
+        gpu_host.unpack_bundle(tmp_path, tmp_path)
+
+
+def test_the_site_makes_this_checkout_importable_and_its_plugin_known(tmp_path):
+    site = gpu_host.make_site(tmp_path)
+    program = (
+        "import alchemist.protocol.lease as m; from importlib.metadata import entry_points as e;"
+        "print(m.__file__, *(p.value for p in e(group='sglang.srt.plugins') if p.name == 'alchemist'))"
+    )
+    env = gpu_host.environment(site, None, "cpu")
+    out = subprocess.run(
+        [sys.executable, "-c", program], env=env, capture_output=True, text=True, check=True
+    ).stdout.split()
+    assert Path(out[0]).resolve() == ROOT / "protocol" / "lease.py"
+    assert out[1:] == ["alchemist.server.plugin:register"]
+
+
+def test_memory_that_could_not_be_exported_is_not_asked_for(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    assert "PYTORCH_CUDA_ALLOC_CONF" not in gpu_host.environment(tmp_path, None, "cuda")
