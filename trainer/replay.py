@@ -103,6 +103,9 @@ class Replay:
         self._w, self._shape, self._view = weights, weights.shape, view
         self._gate, self._phases = gate, phases
         self._buffers: dict[str, Tensor] = {}
+        # SGLang keeps its rotary tables in float32 on a GPU, and in the model's dtype elsewhere.
+        narrow_on_gpu = weights.device.type == "cuda" and weights.dtype.itemsize < 4
+        self._table_dtype = torch.float32 if narrow_on_gpu else weights.dtype
 
     def forward(
         self, batch: TokenBatch, adapter: LoraAdapter | None, *, gradient: bool
@@ -115,7 +118,7 @@ class Replay:
         """
         shape, weights, num_layers = self._shape, self._w, self._shape.num_layers
         first = batch.num_recorded
-        cos_sin = shape.cos_sin(batch.positions[first:], weights.dtype)
+        cos_sin = shape.cos_sin(batch.positions[first:], self._table_dtype)
         x = weights.embed[batch.ids[first:]]
         out = x
         kept: list[LayerValues] = []
@@ -163,7 +166,7 @@ class Replay:
         d_out = self._head_backward(batch, state, d_logps)
         b_is_zero = adapter.is_zero
         plan = batch.backward_plan()
-        tables = shape.cos_sin(batch.positions[: batch.num_differentiated], self._w.dtype)
+        tables = shape.cos_sin(batch.positions[: batch.num_differentiated], self._table_dtype)
         for index in range(num_layers - 1, -1, -1):
             self._gate()
             if batch.num_recorded and self._view is not None:

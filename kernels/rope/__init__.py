@@ -24,7 +24,9 @@ from alchemist.kernels.rms_norm import rms_norm
 
 
 def rope(x_TND: Tensor, cos_TF: Tensor, sin_TF: Tensor, recorded: Tensor | None = None) -> Tensor:
-    """Rotate every head. `cos_TF`, `sin_TF`: [T, D/2] in x's dtype, attention scaling included."""
+    """Rotate every head. `cos_TF`, `sin_TF`: [T, D/2] in x's dtype (in Triton also float32), attention scaling
+    included.
+    """
     y: Tensor = _Rope.apply(x_TND, cos_TF, sin_TF, recorded)
     return y
 
