@@ -26,6 +26,7 @@ from alchemist.kernels import (
     rope,
     swiglu,
 )
+from alchemist.kernels.dispatch import uses_triton
 from alchemist.kernels.fp8_rows import reference as fp8_rows_reference
 from alchemist.kernels.linear_logprob import reference as linear_logprob_reference
 from alchemist.kernels.pack_rows import Field
@@ -498,6 +499,8 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
     parser.add_argument("--only", default=",".join(CASES), help="comma-separated cases")
     args = parser.parse_args()
+    if not uses_triton(torch.empty(1, device=args.device)):
+        parser.error("on the CPU the kernels need TRITON_INTERPRET=1 in the environment")
     for name in args.only.split(","):
         bench = Bench(args.device, getattr(torch, args.dtype), is_small=args.device == "cpu")
         for found in CASES[name](bench):

@@ -128,6 +128,18 @@ def test_rope_and_its_replay_from_the_output_alone():
     assert_equal(torch.autograd.grad(y, poisoned, weights), grads)
 
 
+def test_norm_and_rope_at_once():
+    x, weight, angles = leaf(5, 3, 8), torch.randn(8).double(), torch.randn(5, 4).double()
+    cos, sin = angles.cos(), angles.sin()
+    _, weights, grads = compare(
+        lambda: (rope.norm_rope(x, weight, 1e-6, cos, sin),),
+        lambda: (rope_reference.norm_rope(x, weight, 1e-6, cos, sin),),
+        [x],
+    )
+    replayed = rope.norm_rope(x, weight, 1e-6, cos, sin, recorded=unread(x.shape, x))
+    assert_equal(torch.autograd.grad(replayed, x, weights), grads)
+
+
 @pytest.mark.parametrize("num_tokens", [0, 1, 127, 128, 129, 300])
 def test_swiglu(num_tokens):
     x = leaf(num_tokens, 10)

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_accuracy import CASES, Bench, measure, tree_plan
 
-from alchemist.kernels.path_attention import PathBlock
+from alchemist.kernels.path_attention import PathBlock, flashinfer
 from alchemist.kernels.path_attention.packing import pack
 
 # Left to the GPU: products of matrices are cuBLAS's; and the interpreter rounds to e4m3 wrongly, for it loses the carry
@@ -23,23 +23,24 @@ NAMES = [name for name in CASES if name not in ("linears", "eight_bits")]
 PROGRAM = Path(__file__).parents[1] / "kernel_accuracy.py"
 
 
-def interpreted(dtype, names):
+def in_interpreter(*command):
     # A process of its own: what Triton is, is decided when it is imported.
     run = subprocess.run(
-        [
-            sys.executable,
-            str(PROGRAM),
-            "--device=cpu",
-            f"--dtype={dtype}",
-            f"--only={','.join(names)}",
-        ],
+        [sys.executable, *command],
         env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=300,
     )
-    assert run.returncode == 0, run.stderr
-    return [json.loads(line) for line in run.stdout.splitlines()]
+    assert run.returncode == 0, run.stdout + run.stderr
+    return run.stdout
+
+
+def interpreted(dtype, names):
+    lines = in_interpreter(
+        str(PROGRAM), "--device=cpu", f"--dtype={dtype}", f"--only={','.join(names)}"
+    )
+    return [json.loads(line) for line in lines.splitlines()]
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +60,16 @@ def test_rows_of_16_bits_keep_their_bits():
     found = interpreted("bfloat16", ["packed_rows"])
     assert found
     assert all(comparison["ok"] for comparison in found)
+
+
+def test_the_whole_engine_runs_on_them():
+    """Its gradients against autograd alone, half of the prompts recorded: cases of the property tests."""
+    tests = Path(__file__).parents[1] / "property" / "test_replay_gradients.py"
+    chosen = "float32 and 0.5 and (llama or qwen3) and sft"
+    output = in_interpreter(
+        "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tests), "-k", chosen
+    )
+    assert "2 passed" in output
 
 
 def test_the_bar_can_be_missed():
@@ -125,6 +136,23 @@ def test_tiles_hold_every_query_and_key_once_and_every_pair_is_in_a_span(
     assert set(of_keys) == expected
     assert len(set(seen)) <= num_keys
     assert {query for query, _ in expected} == set(range(num_queries))
+
+
+@given(trees(), st.sampled_from([0.3, 1.0]))
+@settings(deadline=None)
+def test_flashinfers_requests_see_what_the_plan_sees(nodes, share):
+    plan, *_ = tree_plan(Bench("cpu", torch.float32, is_small=True), nodes, share)
+    if not plan:
+        return
+    num_queries, num_keys, indices = flashinfer._requests(plan)
+    found, first_key = [], 0
+    for queries, keys in zip(num_queries, num_keys, strict=True):
+        rows = indices[first_key : first_key + keys].tolist()
+        # A causal mask whose last query sees the last key.
+        found += [rows[: keys - queries + 1 + i] for i in range(queries)]
+        first_key += keys
+    expected = [block.keys[: d + 1].tolist() for block in plan for d in block.depths.tolist()]
+    assert found == expected
 
 
 @pytest.mark.parametrize("second", [[1, 0], [2, 1]])
