@@ -176,6 +176,9 @@ class Replay:
                 name: tensor.detach().requires_grad_()
                 for name, tensor in _layer_weights(adapter, index).items()
             }
+            for name, leaf in leaves.items():
+                # Of a 16-bit adapter, too: its sums over tokens are wide, and stay so.
+                leaf.grad_dtype = grads[name].dtype
             lora = LayerLora.of(
                 LoraAdapter(adapter.config, leaves), index, shape, b_is_zero=b_is_zero
             )
