@@ -6,6 +6,7 @@ import torch
 from pool_support import SIZE, World, as_recorded, bare_model
 
 from alchemist.server.gpu_recorder import GpuRecorder
+from alchemist.trainer.rows import RowsRevoked
 
 ORDER = ("x", "q", "attn", "mid", "gate_up")
 """In which a layer's activations come by."""
@@ -115,6 +116,33 @@ def test_rows_whose_slots_serving_took_back_are_not_found():
     world.allocator.free(slots[1:2])
     rows = found(world, slots)
     assert (rows.rows >= 0).tolist() == [True, False, True]
+
+
+def test_a_row_that_serving_ends_before_its_slot_is_known_stays_ended():
+    world = World(host_rows=0, is_deferred=True)
+    recorder, slots = recorder_of(world), world.serve(3)
+    assert forward(recorder, world, slots)
+    assert world.serve(SIZE - 3) is not None
+    world.pool.settle(wait=True)
+    world.pool.check_integrity()
+    assert (world.pool.record_of_slot == -1).all()
+    assert world.pool.num_held("a", slots, 3) == 0
+
+
+def test_keys_overwritten_before_their_rows_end_is_settled_are_not_believed():
+    world = World(host_rows=0, is_deferred=True)
+    recorder, slots = recorder_of(world), world.serve(3)
+    assert forward(recorder, world, slots)
+    rows = found(world, slots)
+    world.allocator.free(slots)
+    # The same slots, in another order of tokens: other keys.
+    world.serve(3)
+    for buffer in (*world.k, *world.v):
+        buffer[slots] += 100
+    assert (world.pool.gens[rows.rows.numpy()] == rows.gens.numpy()).all()
+    with pytest.raises(RowsRevoked) as revoked:
+        world.read(rows)
+    assert sorted(revoked.value.rows) == sorted(rows.rows.tolist())
 
 
 def test_what_cannot_be_recorded_is_said_after_the_pass_and_not_in_it():
