@@ -23,7 +23,7 @@ from bench_capacity import (
 )
 from sglang_figures import batches, metric_sums
 
-from alchemist.server import config
+from alchemist.server import options
 
 LOG = """\
 [2026-11-21 17:22:01] Prefill batch, #new-seq: 3, #new-token: 410, #cached-token: 128, token usage: 0.00, \
@@ -146,7 +146,7 @@ def test_an_unsaturated_run_is_refused():
 
 @pytest.mark.parametrize("host_gb", [0.0, 0.25, 2.0])
 def test_budget_flags_are_options_of_the_server(host_gb):
-    found, sglang_argv = config.parse(budget_flags(host_gb, 0.5), {})
+    found, sglang_argv = options.parse(budget_flags(host_gb, 0.5), {})
     assert sglang_argv == []
     assert found.activation_host_bytes == host_gb * 2**30
     assert found.activation_device_fraction == 0.5
