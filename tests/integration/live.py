@@ -20,6 +20,15 @@ BOOT_S = 300.0
 ROOT = Path(__file__).parents[2]
 
 
+_ENVIRONMENT = {
+    # One thread a process: two that wait for each other crawl when the machine is busy.
+    "OMP_NUM_THREADS": "1",
+    # oneMKL's products of one or two rows have other bits at other alignments of their arguments, unless told not to:
+    # equal bits of two servers would be luck.
+    "MKL_CBWR": "AUTO",
+}
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -75,8 +84,7 @@ class Server:
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,
                 cwd=ROOT,
-                # One thread a process: two that wait for each other crawl when the machine is busy.
-                env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})},
+                env={**os.environ, **_ENVIRONMENT, **(env or {})},
                 # A signal for the tests' process group is not one for the server.
                 start_new_session=True,
             )
