@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from alchemist.kernels.replay_linear import LoraPart, replay_linear, unread
-from alchemist.kernels.rms_norm import add_rms_norm, rms_norm
-from alchemist.kernels.rope import rope
+from alchemist.kernels.rms_norm import add_rms_norm
+from alchemist.kernels.rope import norm_rope, rope
 from alchemist.kernels.swiglu import swiglu
 
 from .families import ModelShape
@@ -121,12 +121,15 @@ def decoder_layer(
     if queries is not None:
         q_cos, q_sin, residual = cos[queries], sin[queries], residual[queries]
     q_heads, k_heads = q.unflatten(-1, (heads, dim)), k.unflatten(-1, (kv_heads, dim))
+    known = recorded.keys if recorded else None
     if weights.q_norm is not None and weights.k_norm is not None:
-        q_heads = rms_norm(q_heads, weights.q_norm, eps)
-        k_heads = rms_norm(k_heads, weights.k_norm, eps)
-    keys = rope(k_heads, cos, sin, recorded.keys if recorded else None)
+        queries_QND = norm_rope(q_heads, weights.q_norm, eps, q_cos, q_sin)
+        keys = norm_rope(k_heads, weights.k_norm, eps, cos, sin, known)
+    else:
+        queries_QND = rope(q_heads, q_cos, q_sin)
+        keys = rope(k_heads, cos, sin, known)
     values = v.unflatten(-1, (kv_heads, dim))
-    attn = attend(rope(q_heads, q_cos, q_sin), keys, values).flatten(1)
+    attn = attend(queries_QND, keys, values).flatten(1)
 
     outputs_shape = (attn.shape[0], shape.hidden_size)
     skip = (unread(outputs_shape, attn),) if recorded else None
