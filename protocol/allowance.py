@@ -2,8 +2,8 @@
 
 While requests are in flight every second earns `share` of one, and every second the trainer runs costs one. What is
 earned collects up to two quanta, so that a late wake-up loses nothing. A trainer that has spent it waits until it has a
-whole quantum again: it looks only at layer boundaries, and every change of hands costs both sides their caches. A layer
-that runs past the allowance is paid back by waiting longer.
+whole quantum again: it looks only between operations, and every change of hands costs both sides their caches. One that
+runs past the allowance is paid back by waiting longer.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import math
 
 QUANTUM_S = 0.02
 MAX_DEBT_S = 0.5
-"""Debt beyond this is forgiven: a few very long layers must not stop training for minutes."""
+"""Debt beyond this is forgiven: a few very long operations must not stop training for minutes."""
 
 
 class Allowance:

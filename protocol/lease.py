@@ -12,9 +12,9 @@
     64      trainer      state             TrainerState
     72      trainer      num_acks          revocations acknowledged while it was working
     80      trainer      latencies_ns[]    ring of the last `RING` revoke → acknowledge times
-    ...     trainer      layer_max_ns      longest stretch between two gates
+    ...     trainer      stretch_max_ns      longest stretch between two gates
     ...     trainer      num_missed        revocations that were over before the trainer's next gate
-    ...     trainer      num_layers        gates passed: how far training has come
+    ...     trainer      num_gates        gates passed: how far training has come
     ...     trainer      metered_ns        time it has run while requests were in flight
     ...     front        share_ppm         millionths of the time requests are in flight that the trainer may have
     ...     any          sem_t             process-shared, posted when the device becomes free
@@ -68,9 +68,9 @@ class _Block(ctypes.Structure):
         ("state", ctypes.c_uint64),
         ("num_acks", ctypes.c_uint64),
         ("latencies_ns", ctypes.c_uint64 * RING),
-        ("layer_max_ns", ctypes.c_uint64),
+        ("stretch_max_ns", ctypes.c_uint64),
         ("num_missed", ctypes.c_uint64),
-        ("num_layers", ctypes.c_uint64),
+        ("num_gates", ctypes.c_uint64),
         ("metered_ns", ctypes.c_uint64),
         ("share_ppm", ctypes.c_uint64),
         ("semaphore", ctypes.c_uint64 * 8),
@@ -162,20 +162,20 @@ class Lease:
 
     @property
     def num_missed(self) -> int:
-        """Busy times that began and ended within one layer of a working trainer: it yielded to none of them. On a
+        """Busy times that began and ended between two gates of a working trainer: it yielded to none of them. On a
         processor the operating system puts the trainer aside meanwhile.
         """
         return int(self._block.num_missed)
 
     @property
-    def layer_max_ms(self) -> float:
+    def stretch_max_ms(self) -> float:
         """Longest stretch between two gates of a working trainer, in ms: the bound of a revocation."""
-        return float(self._block.layer_max_ns / 1e6)
+        return float(self._block.stretch_max_ns / 1e6)
 
     @property
-    def num_layers(self) -> int:
+    def num_gates(self) -> int:
         """Gates the trainers of this run have passed."""
-        return int(self._block.num_layers)
+        return int(self._block.num_gates)
 
     @property
     def metered_s(self) -> float:
@@ -234,17 +234,19 @@ class Lease:
     def note_missed(self) -> None:
         self._block.num_missed += 1
 
-    def note_layer(self, ns: int) -> None:
+    def note_gate(self, ns: int) -> None:
         block = self._block
-        block.layer_max_ns = max(block.layer_max_ns, ns)
-        block.num_layers += 1
+        block.stretch_max_ns = max(block.stretch_max_ns, ns)
+        block.num_gates += 1
 
     def note_metered(self, ns: int) -> None:
         self._block.metered_ns += ns
 
 
 class Gate:
-    """Called by the trainer at every layer boundary: returns at once while it may run, else acknowledges and sleeps."""
+    """Called by the trainer at every layer boundary, on a CPU also between a layer's operations: returns at once while
+    it may run, else acknowledges and sleeps.
+    """
 
     def __init__(
         self, lease: Lease, alive: Callable[[], bool], drain: Callable[[], None] | None = None
@@ -270,7 +272,7 @@ class Gate:
     def __call__(self) -> None:
         lease = self._lease
         now = time.monotonic_ns()
-        lease.note_layer(now - self._last_ns)
+        lease.note_gate(now - self._last_ns)
         if lease.is_granted:
             if lease.epoch != self._epoch:
                 lease.note_missed()

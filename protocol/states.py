@@ -51,7 +51,7 @@ TRAINER = Machine(
 
 
 class LeaseState(enum.Enum):
-    """What the lease allows the trainer, as its gate finds it at a layer boundary."""
+    """What the lease allows the trainer, as its gate finds it."""
 
     GRANTED = enum.auto()
     """Nothing is in flight."""

@@ -237,12 +237,12 @@ class Bench:
         backlog = target.backlog
         if backlog is not None:
             backlog.start()
-        layers, started = backlog.layers if backlog else 0, time.monotonic()
+        gates, started = backlog.gates if backlog else 0, time.monotonic()
         timings = self._load.run(target.url, requests, rate, seed)
         seconds = time.monotonic() - started
         if backlog is not None:
-            speed = (backlog.layers - layers) / seconds
-            found.add_share(target.name, at, speed / backlog.layers_per_s)
+            speed = (backlog.gates - gates) / seconds
+            found.add_share(target.name, at, speed / backlog.gates_per_s)
             backlog.stop()
         found.add(target.name, at, timings)
         return seconds

@@ -91,7 +91,7 @@ class PreemptBench:
             server.backlog = Backlog(server, prompt=sizes.trained_prompt, votes=sizes.votes)
             server.backlog.measure_alone(sizes.alone_steps)
             self._part.config[f"alone_{name}"] = {
-                "layers_per_s": server.backlog.layers_per_s,
+                "gates_per_s": server.backlog.gates_per_s,
                 "tokens_per_s": server.backlog.tokens_per_s,
                 "last_step": server.backlog.status()["last_step"],
             }
@@ -117,12 +117,12 @@ class PreemptBench:
         backlog = server.backlog
         if backlog is not None:
             backlog.start()
-        layers, started = backlog.layers if backlog else 0, time.monotonic()
+        gates, started = backlog.gates if backlog else 0, time.monotonic()
         timings = self._load.run(server.url, requests, rate, seed)
         seconds = time.monotonic() - started
         if backlog is None:
             return timings, 0.0
-        share = (backlog.layers - layers) / seconds / backlog.layers_per_s
+        share = (backlog.gates - gates) / seconds / backlog.gates_per_s
         backlog.stop()
         return timings, share
 

@@ -169,7 +169,7 @@ def _lease(run: Run, idle: Backlog) -> None:
             run.add(Row(f"revoke_{label}_ms", value, "ms", (value, value), acks))
     missed = float(lease["revocations_missed"])
     run.add(Row("revocations_missed", missed, "times", (missed, missed), 1))
-    longest = lease["longest_layer_ms"]
-    run.add(Row("longest_layer_ms", longest, "ms", (longest, longest), acks))
+    longest = lease["longest_stretch_ms"]
+    run.add(Row("longest_stretch_ms", longest, "ms", (longest, longest), acks))
     speed = idle.tokens_per_s
     run.add(Row("train_tokens_dedicated", speed, "tokens/s", (speed, speed), 1))

@@ -100,7 +100,7 @@ class Target:
 class Backlog:
     """Votes enough to keep the trainer busy for as long as it may train.
 
-    How far training has come is counted in layers (the lease's gates): a turn is shorter than a step. Processor time
+    How far training has come is counted in the lease's gates: a turn is shorter than a step. Processor time
     would not do: threads that wait for one another use it, too.
     """
 
@@ -113,7 +113,7 @@ class Backlog:
         self._user = 0
         self._draw = random.Random(0)
         self._step_s = 0.0
-        self.layers_per_s = 0.0
+        self.gates_per_s = 0.0
         """With nobody to serve."""
         self.tokens_per_s = 0.0
         """With nobody to serve."""
@@ -132,7 +132,7 @@ class Backlog:
         return found
 
     def start(self) -> None:
-        """Train, from a moment of a step that is left to chance: its layers are only part of a step."""
+        """Train, from a moment of a step that is left to chance: its gates are only part of a step."""
         for i in range(max(0, self._votes - self.status()["pending"])):
             self._user += 1
             vote = {
@@ -157,10 +157,10 @@ class Backlog:
         self.start()
         self._wait_for_step(self.status()["step"] + 1)
         before = self.status()["step"]
-        layers, tokens, started = self.layers, self.tokens, time.monotonic()
+        gates, tokens, started = self.gates, self.tokens, time.monotonic()
         self._wait_for_step(before + steps)
         elapsed = time.monotonic() - started
-        self.layers_per_s = (self.layers - layers) / elapsed
+        self.gates_per_s = (self.gates - gates) / elapsed
         self.tokens_per_s = (self.tokens - tokens) / elapsed
         self._step_s = elapsed / steps
         self.stop()
@@ -170,8 +170,8 @@ class Backlog:
             time.sleep(0.02)
 
     @property
-    def layers(self) -> int:
-        return int(self.status()["lease"]["layers"])
+    def gates(self) -> int:
+        return int(self.status()["lease"]["gates"])
 
     @property
     def tokens(self) -> int:

@@ -20,8 +20,8 @@ def lease_status(lease: Lease, policy: str) -> dict[str, Any]:
         "revoke_p50_ms": _quantile(latencies, 0.5),
         "revoke_p99_ms": _quantile(latencies, 0.99),
         "revoke_max_ms": latencies[-1] if latencies else None,
-        "longest_layer_ms": lease.layer_max_ms,
-        "layers": lease.num_layers,
+        "longest_stretch_ms": lease.stretch_max_ms,
+        "gates": lease.num_gates,
         "metered_s": lease.metered_s,
     }
 

@@ -142,7 +142,7 @@ class TrainerLink:
                 patience = Patience()
                 continue
             limit = self._timeout if self.is_ready else max(self._timeout, MIN_START_S)
-            mark = (pid, self.is_ready, lease.num_layers, lease.state)
+            mark = (pid, self.is_ready, lease.num_gates, lease.state)
             share = 1.0 if lease.is_granted else lease.share
             if patience.look(mark, every, share) < limit or self._killed_for:
                 continue

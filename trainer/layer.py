@@ -27,6 +27,25 @@ from .weights import LayerWeights
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(q [Q, n_q, d], keys [T, n_kv, d], values [T, n_kv, d]) → [Q, n_q, d]"""
 
+Pause = Callable[[Tensor], Tensor]
+"""Passes on what an operation has made; may block, also when its gradient has come."""
+
+
+def no_pause(value: Tensor) -> Tensor:
+    return value
+
+
+def pauses(gate: Callable[[], None]) -> Pause:
+    """`gate()` between a layer's operations, in both directions."""
+
+    def pause(value: Tensor) -> Tensor:
+        gate()
+        if value.requires_grad:
+            value.register_hook(lambda _: gate())
+        return value
+
+    return pause
+
 
 @dataclass(frozen=True)
 class LayerValues:
@@ -96,6 +115,7 @@ def decoder_layer(
     *,
     queries: Tensor | None = None,
     recorded: LayerValues | None = None,
+    pause: Pause = no_pause,
 ) -> tuple[Tensor, Tensor, LayerValues]:
     """One layer.
 
@@ -103,6 +123,7 @@ def decoder_layer(
         tables: cos, sin [T, d/2].
         queries: int64 [Q] tokens that are carried past the keys and values; None: all.
         recorded: values of all T tokens (x, keys, values, k) and of the Q queries (the rest).
+        pause: called between operations.
 
     Returns:
         `mid` and the MLP's output, both [Q, H], whose sum is the layer's output (the same gradient
@@ -115,7 +136,8 @@ def decoder_layer(
         shape.head_dim,
     )
     residual, normed = add_rms_norm(x_TH, None, weights.input_norm, eps)
-    q, k, v = _qkv(normed, weights, shape, lora, queries, recorded)
+    q, k, v = _qkv(pause(normed), weights, shape, lora, queries, recorded)
+    pause(q)
     cos, sin = tables
     q_cos, q_sin = tables
     if queries is not None:
@@ -129,7 +151,7 @@ def decoder_layer(
         queries_QND = rope(q_heads, q_cos, q_sin)
         keys = rope(k_heads, cos, sin, known)
     values = v.unflatten(-1, (kv_heads, dim))
-    attn = attend(queries_QND, keys, values).flatten(1)
+    attn = pause(attend(queries_QND, keys, values).flatten(1))
 
     outputs_shape = (attn.shape[0], shape.hidden_size)
     skip = (unread(outputs_shape, attn),) if recorded else None
@@ -138,15 +160,16 @@ def decoder_layer(
         residual, o, weights.post_attention_norm, eps, recorded.mid if recorded else None
     )
     (gate_up,) = replay_linear(
-        normed,
+        pause(normed),
         weights.gate_up,
         weights.gate_up_bias,
         lora.gate_up,
         lora.scaling,
         recorded=(recorded.gate_up,) if recorded else None,
     )
+    inner = pause(swiglu(pause(gate_up)))
     (down,) = replay_linear(
-        swiglu(gate_up), weights.down, weights.down_bias, lora.down, lora.scaling, recorded=skip
+        inner, weights.down, weights.down_bias, lora.down, lora.scaling, recorded=skip
     )
     kept_k = k if weights.k_norm is not None else None
     return mid, down, LayerValues(x_TH, q, kept_k, attn, mid, gate_up, keys, values)

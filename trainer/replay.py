@@ -5,7 +5,8 @@ Forward, layer by layer, without a graph: missing tokens only; their queries att
 keys and values (KV pool) and their own. Backward, layer by layer from the last: fetch that layer's
 rows, rebuild the graph of the one layer function on recorded values, differentiate it, hand the
 hidden-state gradient down, release. At no time is more than one layer's graph in memory. `gate()`
-is called at every layer boundary in both directions and may block.
+is called at every layer boundary in both directions, on a CPU also between a layer's operations, and
+may block.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from alchemist.kernels.path_attention import PathBlock, path_attention
 from alchemist.kernels.rms_norm import add_rms_norm, rms_norm
 
 from .batch import TokenBatch
-from .layer import LayerLora, LayerValues, decoder_layer, mlp_output
+from .layer import LayerLora, LayerValues, decoder_layer, mlp_output, no_pause, pauses
 from .lora import LoraAdapter
 from .rows import ActivationView
 from .weights import BaseWeights
@@ -102,6 +103,8 @@ class Replay:
     ) -> None:
         self._w, self._shape, self._view = weights, weights.shape, view
         self._gate, self._phases = gate, phases
+        # What a GPU has been given cannot be taken back: there the bound is in layers.
+        self._pause = no_pause if weights.device.type == "cuda" else pauses(gate)
         self._buffers: dict[str, Tensor] = {}
         # SGLang keeps its rotary tables in float32 on a GPU, and in the model's dtype elsewhere.
         narrow_on_gpu = weights.device.type == "cuda" and weights.dtype.itemsize < 4
@@ -136,6 +139,7 @@ class Replay:
                     cos_sin,
                     attend,
                     queries=batch.missing_heads if last else None,
+                    pause=self._pause,
                 )
                 x = out = mid + down
                 if gradient:
@@ -223,6 +227,7 @@ class Replay:
                 attend,
                 queries=queries,
                 recorded=recorded,
+                pause=self._pause,
             )
         inputs = [*leaves, *([x] if index else [])]
         outputs = [t for t in (mid, down) if t.requires_grad]

@@ -43,8 +43,8 @@ class ReplayEngine:
 
     Args:
         view: recorded rows; None: samples must not have any.
-        gate: called at every layer boundary, forward and backward; may block. Blocking changes no
-            result.
+        gate: called at every layer boundary, forward and backward, and on a CPU between a layer's
+            operations; may block. Blocking changes no result.
         max_tokens: unique tokens per micro-batch; a step with more is split, exactly. A sample that
             is longer by itself is a micro-batch of its own.
     """

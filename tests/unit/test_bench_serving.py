@@ -22,7 +22,7 @@ FIRST, SECOND = (list(group) for group in GROUPS)
         (False, None, [FIRST, SECOND], list(LEVELS), True),
         (True, None, [FIRST], [], True),
         (False, "ttft_p50_recording", [["recording"]], [], True),
-        (False, "revoke_p99_ms,longest_layer_ms", [["idle"]], [], True),
+        (False, "revoke_p99_ms,longest_stretch_ms", [["idle"]], [], True),
         (False, "slo_met,slo_train_share", [["slo"]], [50], False),
         (False, "slo_met_at90", [["slo"]], [90], False),
         (False, "ttft_p50_idle_at25,ttft_p50_none_at75", [["idle"], ["none"]], [25, 75], False),

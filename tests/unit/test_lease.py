@@ -218,7 +218,7 @@ def test_gates_are_counted():
     lease, gate = running()
     for _ in range(3):
         gate()
-    assert lease.num_layers == 3
+    assert lease.num_gates == 3
 
 
 def test_only_a_control_block_is_attached():
