@@ -17,6 +17,7 @@
     ...     trainer      num_gates        gates passed: how far training has come
     ...     trainer      metered_ns        time it has run while requests were in flight
     ...     front        share_ppm         millionths of the time requests are in flight that the trainer may have
+    ...     front        num_suspended     times the operating system has been told to put the trainer aside
     ...     any          sem_t             process-shared, posted when the device becomes free
 
 The lease is granted exactly when both busy words are zero. Otherwise the trainer has the allowance of `allowance.py`,
@@ -73,6 +74,7 @@ class _Block(ctypes.Structure):
         ("num_gates", ctypes.c_uint64),
         ("metered_ns", ctypes.c_uint64),
         ("share_ppm", ctypes.c_uint64),
+        ("num_suspended", ctypes.c_uint64),
         ("semaphore", ctypes.c_uint64 * 8),
     )
 
@@ -106,6 +108,11 @@ class Lease:
         return bool(self._block.front_busy == 0 and self._block.engine_busy == 0)
 
     @property
+    def front_busy(self) -> int:
+        """Requests in flight in the HTTP process."""
+        return int(self._block.front_busy)
+
+    @property
     def state(self) -> TrainerState:
         return TrainerState(self._block.state)
 
@@ -137,6 +144,14 @@ class Lease:
     def set_share(self, share: float) -> None:
         """HTTP process only: the share, 0 to 1, of the time requests are in flight that the trainer may have."""
         self._block.share_ppm = round(share * 1e6)
+
+    def note_suspended(self) -> None:
+        """HTTP process only: the trainer is put aside where it is, before its next gate."""
+        self._block.num_suspended += 1
+
+    @property
+    def num_suspended(self) -> int:
+        return int(self._block.num_suspended)
 
     @property
     def share(self) -> float:
@@ -268,18 +283,21 @@ class Gate:
         """Begin a stretch of work: the time since the last one was not spent holding the device."""
         self._last_ns = time.monotonic_ns()
         self._epoch = self._lease.epoch
+        self._num_suspended = self._lease.num_suspended
 
     def __call__(self) -> None:
         lease = self._lease
         now = time.monotonic_ns()
-        lease.note_gate(now - self._last_ns)
+        # It has not run all the time since the last gate.
+        stood = lease.num_suspended != self._num_suspended
+        lease.note_gate(0 if stood else now - self._last_ns)
         if lease.is_granted:
-            if lease.epoch != self._epoch:
+            if lease.epoch != self._epoch and not stood:
                 lease.note_missed()
             if self.state is not LeaseState.GRANTED:
                 self._advance(LeaseEvent.FREED)
             self.start()
-        elif self._may_go_on(now):
+        elif self._may_go_on(now, stood):
             self.start()
         else:
             lease.advance(TrainerEvent.REVOKED)
@@ -288,15 +306,17 @@ class Gate:
             self.start()
             self.waited_s += (self._last_ns - now) / 1e9
 
-    def _may_go_on(self, now: int) -> bool:
-        """Requests are in flight: whether there is allowance left. If not, the revocation is acknowledged."""
+    def _may_go_on(self, now: int, stood: bool) -> bool:
+        """Requests are in flight: whether there is allowance left. If not, the revocation is acknowledged, unless the
+        trainer has been put aside for it.
+        """
         lease = self._lease
         since, share = lease._revoked_since_ns(), lease.share
         # One that came before we began to work, or after a sleep, has no latency.
-        is_running = self.state is LeaseState.METERED or since > self._last_ns
+        is_running = not stood and (self.state is LeaseState.METERED or since > self._last_ns)
         if self.state is LeaseState.GRANTED:
             self._advance(LeaseEvent.REQUESTED)
-        ran_ns = now - max(self._last_ns, since)
+        ran_ns = 0 if stood else now - max(self._last_ns, since)
         beyond_s = self._allowance.ran(ran_ns / 1e9, share)
         lease.note_metered(ran_ns)
         if not self._allowance.is_spent(share):

@@ -37,6 +37,7 @@ def install(app: FastAPI, front: Front, server_args: Any, manager: Any) -> None:
     """Add everything to `app` before uvicorn runs it."""
     assert front.run is not None
     assert front.lease is not None
+    assert front.suspension is not None
     assert front.ledger is not None
     config = front.run.load_config()
     metrics = None
@@ -45,7 +46,9 @@ def install(app: FastAPI, front: Front, server_args: Any, manager: Any) -> None:
         from alchemist.server.metrics import LearningMetrics
 
         metrics = LearningMetrics()
-    learner = Learner(front.run, config, front.lease, front.ledger, manager, metrics)
+    learner = Learner(
+        front.run, config, front.lease, front.suspension, front.ledger, manager, metrics
+    )
     app.include_router(build_router(learner))
     app.add_middleware(Readiness, front=front, learner=learner)
     app.add_middleware(

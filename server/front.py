@@ -22,6 +22,7 @@ from alchemist.server.pacing import Pace, Pacing, apply_policy
 from alchemist.server.publisher import PROBE_PREFIX
 from alchemist.server.record_choice import may_be_recorded, opt_out
 from alchemist.server.run import Run
+from alchemist.server.suspension import Suspension
 
 _VERSION = re.compile(r"v\d+")
 _HEALTH_CHECK = "HEALTH_CHECK"
@@ -36,6 +37,7 @@ class Front:
         self.learner: Learner | None = None
         self.ledger: Ledger | None = None
         self.pacing: Pacing | None = None
+        self.suspension: Suspension | None = None
         self.is_ending = False
         self._in_flight: set[int] = set()
         self._tickets = itertools.count()
@@ -47,7 +49,8 @@ class Front:
     def begin(self, run: Run, lease: Lease, ledger: Ledger) -> None:
         """The launcher has made this run; called before SGLang starts."""
         self.run, self.lease, self.ledger = run, lease, ledger
-        self.pacing = apply_policy(run.load_config(), lease)
+        self.suspension = Suspension(lease)
+        self.pacing = apply_policy(run.load_config(), lease, self.suspension.update)
 
     def keep_all(self) -> None:
         """The server is about to end without its event loop: write what is queued."""
@@ -122,14 +125,17 @@ class Front:
     @contextlib.contextmanager
     def _busy(self) -> Any:
         assert self.lease is not None
+        assert self.suspension is not None
         ticket = next(self._tickets)
         self._in_flight.add(ticket)
         self.lease.set_front_busy(len(self._in_flight))
+        self.suspension.update()
         try:
             yield
         finally:
             self._in_flight.discard(ticket)
             self.lease.set_front_busy(len(self._in_flight))
+            self.suspension.update()
 
     def _pace(self, obj: Any) -> contextlib.AbstractContextManager[Pace | None]:
         if self.pacing is None:

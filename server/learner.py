@@ -31,6 +31,7 @@ from alchemist.server.records import TrainingItem
 from alchemist.server.row_link import RowLink
 from alchemist.server.run import Run
 from alchemist.server.samples import train_samples
+from alchemist.server.suspension import Suspension
 from alchemist.server.trainer_link import TrainerGone, TrainerLink
 
 if TYPE_CHECKING:
@@ -53,6 +54,7 @@ class Learner:
         run: Run,
         config: Config,
         lease: Lease,
+        suspension: Suspension,
         ledger: Ledger,
         manager: Any,
         metrics: LearningMetrics | None = None,
@@ -63,7 +65,7 @@ class Learner:
         self._metrics = metrics
         self.run = run
         self.config = config
-        self.lease = lease
+        self.lease, self.suspension = lease, suspension
         self.ledger = ledger
         self.step = 0
         self.paused = False
@@ -85,6 +87,8 @@ class Learner:
             self._trainer_ready,
             self._trainer_ended,
         )
+        if manager.server_args.device == "cpu":
+            suspension.attach(lambda: self.trainer.process.pid)
         self._rows = RowLink(self._context, run.rows_address())
         self._manager = manager
         self._hello: messages.SchedulerHello | None = None
@@ -135,6 +139,7 @@ class Learner:
     async def stop(self) -> None:
         """End the trainer and keep everything; the ledger stays open for the caller to close."""
         self.stopping = True
+        self.suspension.end()
         await self.trainer.stop()
         for task in self._tasks:
             task.cancel()
@@ -484,7 +489,7 @@ class Learner:
                 "pid": self.trainer.process.pid,
                 "restarts": self.trainer.process.num_restarts,
             },
-            "lease": lease_status(self.lease, self.config.lease_policy),
+            "lease": lease_status(self.lease, self.suspension, self.config.lease_policy),
         }
 
 

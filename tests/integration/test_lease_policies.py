@@ -1,5 +1,6 @@
-"""Policies share and slo on a real server. Policy idle: test_end_to_end.py."""
+"""The lease's policies on a real server. That policy idle trains in between: test_end_to_end.py."""
 
+import psutil
 import pytest
 from live import Server, wait_for
 from stream import Stream
@@ -16,6 +17,40 @@ def started(tmp_path_factory, *args: str) -> Server:
 def vote(server: Server) -> None:
     for question in ("Hello!", "What is 2 + 3?", "Tell me a joke.", "What color is the sky?"):
         server.vote(server.chat(question)["id"])
+
+
+def test_while_idle_is_the_policy_a_request_stops_the_trainer_in_the_middle_of_a_step(
+    tmp_path_factory,
+):
+    server = started(tmp_path_factory)
+    try:
+        for _ in range(20):
+            step = server.training()["step"]
+            for topic in ("cats", "dogs", "cows", "pigs"):
+                server.vote(server.chat(f"Tell me all about {topic}. " * 60)["id"])
+            wait_for(
+                lambda: server.training()["lease"]["trainer_state"] == "running",
+                60,
+                "a step",
+                0.001,
+            )
+            answer = Stream(server, max_tokens=200)
+            lease = server.training()["lease"]
+            if lease["suspensions"]:
+                break
+            answer.wait()
+            wait_for(lambda: server.training()["step"] > step, 120, "the step")  # noqa: B023
+        trainer = psutil.Process(server.training()["trainer"]["pid"])
+        assert trainer.status() == psutil.STATUS_STOPPED
+        spent = trainer.cpu_times().user
+        answer.wait()
+        assert trainer.cpu_times().user - spent < 0.1
+        wait_for(lambda: server.training()["step"] > step, 120, "the step that was stopped")
+        lease = server.training()["lease"]
+        assert lease["revocations"] >= lease["suspensions"] > 0
+        assert lease["revoke_p50_ms"] < 1000
+    finally:
+        assert server.stop() == 0, server.tail()
 
 
 def test_with_a_share_a_step_completes_although_requests_are_always_in_flight(tmp_path_factory):

@@ -1,0 +1,87 @@
+"""On a CPU the operating system puts the trainer aside the moment a request comes, in the middle of an operation.
+
+A gate of the lease comes milliseconds after a request. Until then the trainer's threads take their part of the cores
+and of the caches; in the lowest scheduling class they take it for longer, from every gap between serving's own steps.
+So the process that serves HTTP, to which requests come first, stops the trainer (SIGSTOP), and continues it when they
+are answered. This is besides the lease: a trainer that nobody stops, and one that is continued while a request is still
+in the scheduler, yields at its next gate.
+
+Stopped is only a trainer that works and has no share of the time requests are in flight. Only its parent may do it: a
+child's process number is nobody else's before the parent has waited for it. What a GPU has been given would go on, so
+there the gates are all there is.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import time
+from collections import deque
+from collections.abc import Callable
+
+from alchemist.protocol.lease import RING, Lease
+from alchemist.protocol.states import TrainerState
+
+LOOKS = 16
+"""How often it is looked at once whether the trainer has stopped, some microseconds each; then by the loop."""
+AGAIN_S = 0.001
+
+
+class Suspension:
+    """One event loop's trainer."""
+
+    def __init__(self, lease: Lease) -> None:
+        self._lease = lease
+        self._pid: Callable[[], int | None] = lambda: None
+        self._stopped: int | None = None
+        self._latencies_ns: deque[int] = deque(maxlen=RING)
+
+    def attach(self, pid: Callable[[], int | None]) -> None:
+        """From now on there is a trainer that may be stopped.
+
+        Args:
+            pid: its process number while it lives; a child of this process.
+        """
+        self._pid = pid
+
+    def update(self) -> None:
+        """To be called when requests have come or gone, or the share has changed."""
+        lease = self._lease
+        if lease.front_busy and not lease.share:
+            if self._stopped is None and lease.state is TrainerState.RUNNING:
+                self._stop()
+        else:
+            self.end()
+
+    def end(self) -> None:
+        """The trainer goes on, if it was stopped here."""
+        pid, self._stopped = self._stopped, None
+        if pid is not None and pid == self._pid():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGCONT)
+
+    def latencies_ms(self) -> list[float]:
+        """From a request's arrival until the trainer stood still, of the last times, unordered."""
+        return [ns / 1e6 for ns in self._latencies_ns]
+
+    def _stop(self) -> None:
+        pid, since = self._pid(), time.monotonic_ns()
+        if pid is None:
+            return
+        with contextlib.suppress(ProcessLookupError):
+            self._lease.note_suspended()
+            os.kill(pid, signal.SIGSTOP)
+            self._stopped = pid
+            self._look(pid, since, LOOKS)
+
+    def _look(self, pid: int, since: int, times: int = 1) -> None:
+        """Note when all of its threads stand still: a thread in the middle of a write to disk takes a while."""
+        for _ in range(times):
+            with contextlib.suppress(ChildProcessError):
+                if os.waitid(os.P_PID, pid, os.WSTOPPED | os.WNOHANG) is not None:
+                    self._latencies_ns.append(time.monotonic_ns() - since)
+                    return
+        if pid == self._stopped:
+            asyncio.get_running_loop().call_later(AGAIN_S, self._look, pid, since)
