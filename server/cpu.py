@@ -49,31 +49,6 @@ def _without_pin_memory(function: Any) -> Any:
     return wrapped
 
 
-def lighten_lora(original: Any, manager: Any, forward_batch: Any) -> None:
-    """AROUND `LoRAManager.prepare_lora_batch`: describe a batch's adapters so that what follows is cheap. Changes no
-    result.
-
-    SGLang's `torch_native` backend indexes with tensors of one element, in every linear of every layer, and walks all
-    of them even when no request of the batch has an adapter. At decode that is a third of the embedded model's time.
-    """
-    backend = manager.lora_backend
-    if backend.name != "torch_native":
-        original(manager, forward_batch)
-        return
-    if not any(forward_batch.lora_ids):
-        # The layers' own sign for "base path only".
-        manager.reset_lora_batch()
-        return
-    original(manager, forward_batch)
-    info = backend.batch_info
-    if info.use_cuda_graph:
-        return
-    for name in ("weight_indices_cpu", "seg_lens_cpu", "lora_ranks_cpu"):
-        setattr(info, name, getattr(info, name).tolist())
-    # Elements with .item(), as the backend asks for.
-    info.scalings_cpu = info.scalings_cpu.numpy()
-
-
 def activate() -> str | None:
     """Entry point `sglang.srt.platforms`: the platform class, or None where CUDA is there."""
     if torch.cuda.is_available():

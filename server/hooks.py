@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from alchemist.server import cpu
+from alchemist.server import cpu_lora
 from alchemist.server.engine import Engine
 from alchemist.server.routes import leave_auth_to_guard
 
@@ -87,8 +87,6 @@ def scheduler_hooks(engine: Engine) -> list[Hook]:
         Hook(f"{runner}.forward", "AROUND", forward),
         # The logprobs of what was sampled, before temperature and penalties.
         Hook(f"{runner}.sample", "AROUND", sample),
-        # Adapters on a machine without a GPU, at a price that small models can pay.
-        Hook(f"{_S}.lora.lora_manager.LoRAManager.prepare_lora_batch", "AROUND", cpu.lighten_lora),
         # Once a loop: requests revoke the lease; the row desk is served.
         Hook(f"{scheduler}.process_input_requests", "AROUND", process_input_requests),
         # Nothing left to do: the lease is granted.
@@ -96,6 +94,14 @@ def scheduler_hooks(engine: Engine) -> list[Hook]:
         # A request has ended; its tokens, slots and adapter are still together.
         Hook(f"{_S}.mem_cache.common.release_kv_cache", "AROUND", release_kv_cache),
     ]
+    if not torch.cuda.is_available():
+        # Adapters on a machine without a GPU, at a price that small models can pay.
+        manager = f"{_S}.lora.lora_manager.LoRAManager"
+        hooks.append(Hook(f"{manager}.prepare_lora_batch", "AROUND", cpu_lora.prepare_batch))
+        hooks += [
+            Hook(f"{_S}.lora.layers.{name}.apply_lora", "AROUND", cpu_lora.apply)
+            for name in cpu_lora.LINEARS
+        ]
     return hooks
 
 

@@ -1,0 +1,111 @@
+"""Adapters on a machine without a GPU at a price that small models can pay: SGLang's `torch_native` backend, lightened.
+
+It indexes with tensors of one element in every linear of every layer, walks all of them even when no request of the
+batch has an adapter, and adds q, k and v (gate and up) one after the other, each to a part of the output. Nearly always
+all requests of a batch have the same adapter, the live version's. Then two products do it:
+
+    y += s · (x Aᵀ) W        W [n·r, E]: the n slices' Bᵀ [r, E_i] on the diagonal, zeros elsewhere
+
+W is made once for each adapter that is loaded. Two adapters in a batch, or an adapter and none, go SGLang's way.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+LINEARS = (
+    "ColumnParallelLinearWithLoRA",
+    "MergedColumnParallelLinearWithLoRA",
+    "QKVParallelLinearWithLoRA",
+    "RowParallelLinearWithLoRA",
+)
+"""SGLang's linears with an `apply_lora` of their own; in `sglang.srt.lora.layers`."""
+
+
+@dataclass(eq=False)
+class Alone:
+    """The only adapter of a batch."""
+
+    uid: str
+    index: int
+    """Of SGLang's buffers."""
+    rank: int
+    scaling: float
+    matrices: dict[torch.nn.Module, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    def of(self, layer: Any) -> tuple[Tensor, Tensor]:
+        """Aᵀ [D, n·r], a view of SGLang's buffer, and W."""
+        found = self.matrices.get(layer)
+        if found is None:
+            is_qkv = hasattr(layer, "A_buffer_qkv")
+            a = layer.A_buffer_qkv if is_qkv else layer.A_buffer
+            b = layer.B_buffer_qkv if is_qkv else layer.B_buffer
+            ends = layer.output_offset_cpu.tolist()
+            r = self.rank
+            w = b.new_zeros((len(ends) - 1) * r, ends[-1])
+            for i, (start, end) in enumerate(zip(ends[:-1], ends[1:], strict=True)):
+                w[i * r : (i + 1) * r, start:end] = b[self.index, start:end, :r].T
+            found = self.matrices[layer] = a[self.index, : w.shape[0]].T, w
+        return found
+
+
+class Adapters:
+    """The adapters of one LoRA manager that have been alone in a batch."""
+
+    def __init__(self) -> None:
+        self._by_index: dict[int, Alone] = {}
+        self.now: Alone | None = None
+        """Of the batch that is being computed; None: it has several, or none."""
+
+    def choose(self, manager: Any) -> None:
+        """Look at what `prepare_lora_batch` has made of the batch."""
+        info = manager.lora_backend.batch_info
+        self.now = None
+        if len(info.weight_indices_cpu) != 1:
+            return
+        index = info.weight_indices_cpu[0]
+        uid, rank = manager.memory_pool.buffer_id_to_uid[index], info.lora_ranks_cpu[index]
+        if not isinstance(uid, str) or not rank:
+            return
+        known = self._by_index.get(index)
+        if known is None or known.uid != uid:
+            scaling = info.scalings_cpu[index].item()
+            known = self._by_index[index] = Alone(uid, index, rank, scaling)
+        self.now = known
+
+
+def prepare_batch(original: Any, manager: Any, forward_batch: Any) -> None:
+    """AROUND `LoRAManager.prepare_lora_batch`."""
+    backend = manager.lora_backend
+    if backend.name != "torch_native":
+        original(manager, forward_batch)
+        return
+    if not any(forward_batch.lora_ids):
+        # The layers' own sign for "base path only".
+        manager.reset_lora_batch()
+        return
+    original(manager, forward_batch)
+    info = backend.batch_info
+    if info.use_cuda_graph:
+        return
+    for name in ("weight_indices_cpu", "seg_lens_cpu", "lora_ranks_cpu"):
+        setattr(info, name, getattr(info, name).tolist())
+    # Elements with .item(), as the backend asks for.
+    info.scalings_cpu = info.scalings_cpu.numpy()
+    if not hasattr(backend, "alchemist_adapters"):
+        backend.alchemist_adapters = Adapters()
+    backend.alchemist_adapters.choose(manager)
+
+
+def apply(original: Any, layer: Any, base_output: Tensor, x: Tensor) -> Tensor:
+    """AROUND `apply_lora` of a linear: adds the adapter to `base_output` [T, E], in place as SGLang does."""
+    adapters = getattr(layer.lora_backend, "alchemist_adapters", None)
+    if adapters is None or adapters.now is None:
+        result: Tensor = original(layer, base_output, x)
+        return result
+    a, w = adapters.now.of(layer)
+    return base_output.addmm_(x @ a, w, alpha=adapters.now.scaling)
