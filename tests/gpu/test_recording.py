@@ -217,7 +217,7 @@ class Serving:
         rows, slots = found.rows[where], found.slots[where]
         seen = {}
         for layer in range(LAYERS):
-            for field, (_, width) in self.layout.fields.items():
+            for field, width in self.layout.widths.items():
                 if field not in ("keys", "values"):
                     out = torch.empty(rows.numel(), width, dtype=torch.bfloat16, device="cuda")
                     self.view.fetch(layer, field, rows, out)
