@@ -289,7 +289,7 @@ TREES = {
 
 
 def attention(bench: Bench) -> Iterator[Comparison]:
-    """Paths of trees; groups of 1 to 8 heads; outputs computed, recorded without and with log-sum-exp."""
+    """Paths of trees; groups of 1 to 8 heads; outputs computed and recorded."""
     shapes = [(1, 64, 2), (2, 64, 1), (3, 80, 1), (4, 128, 1), (8, 64, 1)]
     if not bench.is_small:
         shapes += [(1, 128, 8), (2, 128, 4), (8, 128, 2), (7, 128, 2), (5, 64, 2)]
