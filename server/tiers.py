@@ -112,15 +112,15 @@ class DeviceTier:
             padding = count * cell - part.shape[1]
             if padding:
                 part = torch.nn.functional.pad(part, (0, padding))
-            index = torch.from_numpy(slots[:, begin : begin + count].reshape(-1))
-            target.index_copy_(0, index, part.reshape(-1, cell))
+            index = slots[:, begin : begin + count].reshape(-1)
+            _items(target)[index] = _items(part.reshape(-1, cell))
 
     def copy_kv_to(self, host: HostTier, slots: Ids, host_rows: Ids) -> None:
         """Copy keys and values of tokens' `slots` to the host: every layer."""
         own = torch.from_numpy(slots)
         for layer, (key_cells, value_cells) in enumerate(self._planes):
-            host.write(layer, "keys", host_rows, key_cells[own])
-            host.write(layer, "values", host_rows, value_cells[own])
+            host.write(layer, "keys", host_rows, key_cells.index_select(0, own))
+            host.write(layer, "values", host_rows, value_cells.index_select(0, own))
 
     def copy_to(
         self, host: HostTier, rows: Ids, slots: Ids, host_rows: Ids, done: Callable[[], None]
@@ -148,10 +148,20 @@ class DeviceTier:
         cell, half = self.layout.cell, self.layout.slots_per_row
         keys, n = self.layout.fields["keys"][0], len(own)
         low = min(half * cell, keys)
-        out[:, :low] = key_cells[cells].view(n, -1)[:, :low]
-        out[:, low:keys] = value_cells[cells].view(n, -1)[:, : keys - low]
-        out[:, keys : keys + cell] = key_cells[own]
-        out[:, keys + cell :] = value_cells[own]
+        out[:, :low] = key_cells.index_select(0, cells).view(n, -1)[:, :low]
+        out[:, low:keys] = value_cells.index_select(0, cells).view(n, -1)[:, : keys - low]
+        out[:, keys : keys + cell] = key_cells.index_select(0, own)
+        out[:, keys + cell :] = value_cells.index_select(0, own)
+
+
+def _items(rows: Tensor) -> np.ndarray:
+    """[n] items, each one of the contiguous `rows` [n, width]: NumPy moves an item as a block, and is six times as fast
+    as torch's `index_copy_`.
+    """
+    items: np.ndarray = (
+        rows.view(torch.uint8).numpy().view(f"V{rows.shape[1] * rows.element_size()}")[:, 0]
+    )
+    return items
 
 
 class HostTier:

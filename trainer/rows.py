@@ -135,7 +135,7 @@ class ActivationView:
             if places.at_device is None and count * cell == width and out.is_contiguous():
                 torch.index_select(source, 0, index, out=out.view(-1, cell))
                 return
-            found = source[index].view(n, count * cell)[:, : width - offset]
+            found = source.index_select(0, index).view(n, count * cell)[:, : width - offset]
             columns = slice(offset, offset + found.shape[1])
             if places.at_device is None:
                 out[:, columns] = found
@@ -157,7 +157,7 @@ class ActivationView:
                 if out.dtype == pool.dtype:
                     torch.index_select(pool, 0, slots, out=out)
                 else:
-                    out.copy_(pool[slots])
+                    out.copy_(pool.index_select(0, slots))
                 continue
             start, width = self._fields[field]
             copy = self._host[layer][places.host_rows, start : start + width].view(pool.dtype)
