@@ -61,7 +61,7 @@ def decode(encoded: Tensor, out_TD: Tensor) -> None:
         triton.decode(stored, scales, out_TD)
         return
     for codes, scale, out in _in_portions(stored, scales, out_TD):
-        # torch's own conversion takes six times as long. Bits of e4m3 are those of a float32 of
+        # torch's own conversion takes three times as long. Bits of e4m3 are those of a float32 of
         # 2⁻¹²⁰ the value, but for where they are.
         bits = codes.view(torch.int8).int().bitwise_left_shift_(20).bitwise_and_(_SIGN_AND_CODE)
         out.copy_(bits.view(torch.float32).mul_(2.0**120).mul_(scale))
@@ -76,7 +76,8 @@ _PORTION = 1 << 16
 def _in_portions(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """The same few rows of each."""
     num_rows = max(1, _PORTION // max(1, *(t.shape[1] for t in tensors)))
-    return zip(*(t.split(num_rows) for t in tensors), strict=True)
+    for start in range(0, len(tensors[0]), num_rows):
+        yield tuple(t[start : start + num_rows] for t in tensors)
 
 
 def _parts(encoded: Tensor, width: int) -> tuple[Tensor, Tensor]:
