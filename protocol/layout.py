@@ -13,6 +13,9 @@ gate_up  output of `gate_up_proj`, adapter included
 keys     the token's keys after norm and rope, as the KV pool holds them; on the host only
 values   its values; on the host only
 
+With `activation_dtype` fp8, `gate_up` is stored in eight bits, as `kernels.fp8_rows` encodes it: 2I bytes and a scale,
+in as many elements of `dtype` as they need. `widths` has a field's width in the model, `fields` that of where it lies.
+
 A cell is what one KV slot holds of keys (or of values) in one layer, `cell` elements. On the host a row lies as above,
 `[num_rows, width]` per layer. On the device a row lies in `slots_per_row` borrowed KV slots: its first half of cells
 in layer ℓ's key buffer, one cell per slot, the rest in the value buffer; keys and values of the token are read where
@@ -21,11 +24,15 @@ serving has them, in the token's own slot.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import msgspec
 
 DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
+_SCALE_BYTES = 4
+"""Of a row in eight bits."""
+
+ActivationDtype = Literal["auto", "fp8"]
 
 
 class Part(NamedTuple):
@@ -58,10 +65,23 @@ class RowLayout(msgspec.Struct, frozen=True, kw_only=True):
     """
     page_size: int = 1
     """Slots are borrowed in whole pages."""
+    activation_dtype: ActivationDtype = "auto"
+    """auto: every field in `dtype`; fp8: `gate_up` in eight bits."""
+
+    def __post_init__(self) -> None:
+        if self.activation_dtype == "fp8" and self.intermediate_size % 2:
+            raise ValueError(
+                "activation_dtype is 'fp8'; allowed: auto, or a model with an even intermediate_size, "
+                f"not {self.intermediate_size}"
+            )
+
+    def is_encoded(self, field: str) -> bool:
+        """Whether a field is stored otherwise than the model has it."""
+        return field == "gate_up" and self.activation_dtype == "fp8"
 
     @property
-    def fields(self) -> dict[str, tuple[int, int]]:
-        """Column range of each field on the host: name → (offset, width)."""
+    def widths(self) -> dict[str, int]:
+        """Elements of each recorded field as the model has it."""
         widths = {
             "x": self.hidden_size,
             "q": self.num_heads * self.head_dim,
@@ -72,12 +92,18 @@ class RowLayout(msgspec.Struct, frozen=True, kw_only=True):
             "keys": self.cell,
             "values": self.cell,
         }
+        return {name: width for name, width in widths.items() if width}
+
+    @property
+    def fields(self) -> dict[str, tuple[int, int]]:
+        """Column range of each field on the host: name → (offset, elements it is stored in)."""
         out: dict[str, tuple[int, int]] = {}
         offset = 0
-        for name, width in widths.items():
-            if width:
-                out[name] = (offset, width)
-                offset += -(-width // self.cell) * self.cell
+        for name, width in self.widths.items():
+            if self.is_encoded(name):
+                width = -(-(width + _SCALE_BYTES) // DTYPE_BYTES[self.dtype])
+            out[name] = (offset, width)
+            offset += -(-width // self.cell) * self.cell
         return out
 
     @property

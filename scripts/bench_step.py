@@ -4,8 +4,9 @@
 
 The gate comes first: the adapter's gradient of every variant must agree with the recompute's (TRL's with ours, from the
 same loss), else no number is printed. Variants are interleaved in rotated order. Time is of loss and gradient, without
-the optimizer's update, which is the same for all. Memory: see `step_memory.py`. `kto_real_lengths_vs_trl` needs a file
-of labelled conversations and is left out without one: see `step_lengths.py`.
+the optimizer's update, which is the same for all. Memory: see `step_memory.py`; rows in eight bits:
+`step_rounding.py`. `kto_real_lengths_vs_trl` needs a file of labelled conversations and is left out without one: see
+`step_lengths.py`.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from typing import NamedTuple
 
 import step_lengths
 import step_memory
+import step_rounding
 import torch
 from bench_common import Row, Run, interleave, progress, quartiles, speed_up
 from step_gemms import backward_products
@@ -202,7 +204,7 @@ def main() -> None:
     # The result names the file's conversations, not where it lies.
     del options.peak_of, options.peak_batch, options.lengths
     run = Run("step", options)
-    known = [*ROWS, LENGTHS_ROW, GEMM_ROW, *PEAKS, step_memory.ROW]
+    known = [*ROWS, LENGTHS_ROW, GEMM_ROW, *step_rounding.ROWS, *PEAKS, step_memory.ROW]
     if unknown := sorted(set((options.only or known[0]).split(",")) - set(known)):
         parser.error(f"--only: no row {', '.join(unknown)}; rows are {', '.join(known)}")
     run.config = {
@@ -224,6 +226,7 @@ def main() -> None:
             print(f"{LENGTHS_ROW}: left out, it needs --lengths FILE", file=sys.stderr)
     if run.wants(GEMM_ROW):
         run.config["sft_recorded_phases"] = gemm_fraction(run, sized(LAYERS, quick), quick)
+    step_rounding.measure(run, sized(LAYERS, quick), SIZES[quick].repeats)
     command = [sys.executable, __file__, *(["--quick"] if quick else [])]
     measure_memory(run, Peaks(command), sized(LAYERS, quick), quick)
     run.finish()

@@ -19,6 +19,7 @@ from gpu_part import Part
 from gpu_timing import in_turn, ratios
 from torch import Tensor
 
+from alchemist.kernels import fp8_rows
 from alchemist.kernels.path_attention import PathBlock, path_attention
 
 SCRIPT = Path(__file__).parents[1] / "tests" / "kernel_accuracy.py"
@@ -147,12 +148,35 @@ def flashinfer_forward(part: Part) -> None:
     part.add("attention_flashinfer", ratios(seconds["triton"], seconds["flashinfer"]))
 
 
+def eight_bits(part: Part) -> None:
+    """Rows in eight bits and back, beside a plain copy of the activation: all are bound by memory."""
+    device, (num_tokens, width) = (
+        torch.device(part.device),
+        (64, 1024) if part.tiny else (4096, 28_672),
+    )
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    generator = torch.Generator(device).manual_seed(0)
+    x = torch.randn(num_tokens, width, generator=generator, device=device, dtype=dtype)
+    encoded, out = fp8_rows.encode(x), torch.empty_like(x)
+    functions = {
+        "copy": lambda: out.copy_(x),
+        "encode": lambda: fp8_rows.encode(x),
+        "decode": lambda: fp8_rows.decode(encoded, out),
+    }
+    seconds = in_turn(device, functions, 5 if part.tiny else 30)
+    for name in ("encode", "decode"):
+        against = f"{num_tokens} x {width}, {statistics.median(seconds[name]) * 1e3:.3f} ms"
+        part.add(f"fp8_{name}_vs_copy", ratios(seconds["copy"], seconds[name]), against=against)
+
+
 def main() -> None:
     part = Part.from_argv("kernels", __doc__ or "")
     speeds = [name for name in part.row_names if name.endswith("_vs_sdpa")]
     accuracy = [name for name in part.row_names if name.startswith("kernels")]
+    eight = [name for name in part.row_names if name.startswith("fp8")]
     part.attempt("attention's speed", lambda: attention(part), speeds, 5)
     part.attempt("FlashInfer", lambda: flashinfer_forward(part), ["attention_flashinfer"], 5)
+    part.attempt("eight bits", lambda: eight_bits(part), eight, 5)
     part.attempt("comparisons", lambda: measure(part), accuracy)
 
 

@@ -81,6 +81,12 @@ _KERNELS = [
     Spec("attention_backward_vs_sdpa", "kernels", "its backward"),
     Spec("attention_flashinfer", "kernels", "our forward's time ÷ FlashInfer's"),
     _at_most("kernels_rms_error", "kernels", "the worst one's rms error ÷ the same", 1.25),
+    Spec(
+        "fp8_encode_vs_copy",
+        "kernels",
+        "gate_up of 4k tokens of Llama-3.1-8B into eight bits; a plain copy of it ÷ that",
+    ),
+    Spec("fp8_decode_vs_copy", "kernels", "the same, and back"),
 ]
 _STEP = [
     _at_most(
@@ -88,6 +94,11 @@ _STEP = [
         "step",
         "error of the replayed bf16 gradient against float32 ÷ that of the ordinary bf16 step",
         1.1,
+    ),
+    Spec(
+        "fp8_grad_error_vs_ordinary",
+        "step",
+        "the same with gate_up recorded in eight bits (--activation-dtype fp8)",
     ),
     *(
         spec
@@ -117,6 +128,14 @@ _STEP = [
         "step",
         "Qwen3-8B, without reuse, loss on every token",
         "tokens/s",
+    ),
+    Spec(
+        "fp8_reuse_vs_auto",
+        "step",
+        "Qwen3-8B, SFT with prompts recorded; seconds with rows as the model has them ÷ in eight bits",
+    ),
+    Spec(
+        "fp8_row_bytes_vs_auto", "step", "Qwen3-8B, a row in eight bits ÷ as the model has it", "x"
     ),
     Spec("dpo_base_reuse_vs_recompute", "step", "Qwen3-8B, DPO against the base", "x", 1.45),
     Spec("kto_base_reuse_vs_recompute", "step", "Qwen3-8B, KTO against the base", "x", 1.45),

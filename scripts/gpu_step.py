@@ -31,6 +31,8 @@ from alchemist.trainer.step import Sample
 
 GATE = 0.02
 """Largest difference of the replayed and the recomputed gradient relative to its norm: both round to bfloat16."""
+FP8_GATE = 2.0**-4
+"""The same over rows in eight bits: the largest error of a number in them."""
 WHOLE = 1 << 30
 """Tokens: a step that is never split."""
 
@@ -64,8 +66,9 @@ class StepBench:
 
     def run(self) -> None:
         part = self._part
-        part.attempt("gradient error", self._accuracy, ["grad_error_vs_ordinary"], 10)
-        qwen = [n for n in part.row_names if "llama" not in n and n != "grad_error_vs_ordinary"]
+        errors = ["grad_error_vs_ordinary", "fp8_grad_error_vs_ordinary"]
+        part.attempt("gradient error", self._accuracy, errors, 10)
+        qwen = [n for n in part.row_names if "llama" not in n and n not in errors]
         llama = [n for n in part.row_names if "llama" in n]
         part.attempt("Qwen3-8B", self._qwen, qwen, 30)
         # Its weights and rows go before the other model's come.
@@ -91,22 +94,24 @@ class StepBench:
         wide = model.in_float32()
         samples = self._samples(model, sizes.accuracy_samples, sizes.accuracy_prompt, 64)
         exact_engine, engine = wide.engine(), model.engine()
-        recorded, view = engine.record(samples)
-        quotients, errors = [], []
-        for plain, with_rows in zip(samples, recorded, strict=True):
+        rows = {"replayed": Batch(*engine.record(samples))}
+        rows["fp8"] = Batch(*engine.record(samples, activation_dtype="fp8"))
+        errors: dict[str, list[float]] = {"ordinary": [], "replayed": [], "fp8": [], "peft": []}
+        for i, plain in enumerate(samples):
             exact = _gradient(exact_engine, Batch([plain]))
-            ordinary = relative_error(_gradient(engine, Batch([plain])), exact)
-            replayed = relative_error(_gradient(engine, Batch([with_rows], view)), exact)
-            quotients.append(replayed / ordinary)
-            peft = PeftStep(model, [plain], "sft", checkpointing=False)
-            errors.append((ordinary, replayed, relative_error(peft.gradient(), exact)))
+            found = {"ordinary": _gradient(engine, Batch([plain]))}
+            for name, batch in rows.items():
+                found[name] = _gradient(engine, Batch([batch.samples[i]], batch.view))
+            found["peft"] = PeftStep(model, [plain], "sft", checkpointing=False).gradient()
+            for name, gradient in found.items():
+                errors[name].append(relative_error(gradient, exact))
+            del found
             free(self._device)
-        names = ("ordinary", "replayed", "peft")
-        columns = zip(names, zip(*errors, strict=True), strict=True)
-        self._part.config["gradient_errors"] = {name: list(column) for name, column in columns}
-        self._part.add(
-            "grad_error_vs_ordinary", quotients, against="float32 of the same four layers"
-        )
+        self._part.config["gradient_errors"] = errors
+        against = "float32 of the same four layers"
+        for name, row in (("replayed", "grad_error"), ("fp8", "fp8_grad_error")):
+            quotients = ratios(errors[name], errors["ordinary"])
+            self._part.add(f"{row}_vs_ordinary", quotients, against=against)
 
     def _qwen(self) -> None:
         part, sizes = self._part, self._sizes
@@ -170,6 +175,11 @@ class StepBench:
         part.attempt("profile", lambda: self._profile(model, ours, kinds), [], 5)
         if key != "qwen3_8b":
             return
+        eight_bits = ["fp8_reuse_vs_auto", "fp8_row_bytes_vs_auto"]
+        part.attempt(
+            "eight bits", lambda: self._eight_bits(model, ours, kinds["recorded"]), eight_bits, 8
+        )
+        free(self._device)
         of = {"sft": times}
         of["kto"] = self._compare(model, ours, "kto", kinds)
         of["dpo"] = self._compare(model, ours, "dpo", kinds)
@@ -188,6 +198,21 @@ class StepBench:
         step = our_step(model, ours, Batch(whole), "sft", self._split)
         found = in_turn(self._device, {"": step}, 2)[""]
         part.add("sft_all_loss_tokens_per_s_recompute", [tokens / s for s in found])
+
+    def _eight_bits(self, model: Model, ours: Ours, exact: Batch) -> None:
+        """The same step over rows whose `gate_up` is in eight bits."""
+        narrow = Batch(*ours.record(exact.samples, activation_dtype="fp8"))
+        layouts = [model.shape.row_layout(model.dtype, kind) for kind in ("fp8", "auto")]
+        sizes = [layout.row_bytes for layout in layouts]
+        slots = " and ".join(str(layout.slots_per_row) for layout in layouts)
+        against = f"{sizes[1]} bytes; {slots} KV slots"
+        self._part.add("fp8_row_bytes_vs_auto", sizes[0] / sizes[1], against=against)
+        gradients = [_gradient(ours, batch) for batch in (narrow, exact)]
+        error = self._part.config["fp8_gradient_error"] = relative_error(*gradients)
+        if not error <= FP8_GATE:
+            raise SystemExit(f"gate: the gradient over rows in eight bits is off by {error:.1e}")
+        times = self._compare(model, ours, "sft", {"exact": exact, "fp8": narrow})
+        self._part.add("fp8_reuse_vs_auto", ratios(times["exact"], times["fp8"]))
 
     def _profile(self, model: Model, ours: Ours, kinds: Mapping[str, Batch]) -> None:
         """Where the two steps' time goes: what a missed bar is looked up in."""

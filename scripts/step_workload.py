@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from alchemist.kernels import fp8_rows
+from alchemist.protocol.layout import ActivationDtype
 from alchemist.server.config import Config
 from alchemist.trainer.batch import TokenBatch
 from alchemist.trainer.families import ModelShape
@@ -130,15 +132,19 @@ class Ours:
         num_recorded: Sequence[int] | None = None,
         *,
         with_responses: bool = False,
+        activation_dtype: ActivationDtype = "auto",
+        rounded_to: torch.dtype | None = None,
     ) -> tuple[list[Sample], ActivationView]:
         """The samples with their prompts' rows in a fresh pool, row i = token i of the batch; and the pool's view.
 
         Args:
             num_recorded: how many of each sample's tokens have a row, from the first on; default: all.
             with_responses: the responses' tokens have rows, too, as with `--record decode`.
+            activation_dtype: as `--activation-dtype`.
+            rounded_to: what is recorded is rounded to this dtype first.
         """
-        shape, layout = self.shape, self.shape.row_layout(self.weights.dtype)
-        device, dtype = self.weights.device, self.weights.dtype
+        shape, device, dtype = self.shape, self.weights.device, self.weights.dtype
+        layout = shape.row_layout(dtype, activation_dtype)
         tokens = [
             [*s.prompt_ids, *(s.response_ids[:-1] if with_responses else ())] for s in samples
         ]
@@ -154,6 +160,10 @@ class Ours:
         replay = ReplayEngine(self.weights, shape).replay(Phases(device))
         counts = num_recorded or [len(ids) for ids in tokens]
         taken, start = [], 0
+
+        def rounded(value: Tensor) -> Tensor:
+            return value if rounded_to is None else value.to(rounded_to).to(dtype)
+
         for sample, ids, count in zip(samples, tokens, counts, strict=True):
             n, prompt = len(ids), len(sample.prompt_ids)
             # One more response token than there are rows: the last one is predicted and never read.
@@ -165,7 +175,9 @@ class Ours:
                 for field, (_, width) in layout.fields.items():
                     if field in ("keys", "values"):
                         continue
-                    value: Tensor = getattr(values, field)
+                    value = rounded(getattr(values, field))
+                    if layout.is_encoded(field):
+                        value = fp8_rows.encode(value)
                     # The last layer keeps, beyond x, keys and values, only the tokens that predict.
                     end = start + n
                     for plane, first, num_cells, offset in layout.parts(field):
@@ -173,8 +185,8 @@ class Ours:
                         column = first * layout.cell
                         target = planes[plane][end - value.shape[0] : end]
                         target[:, column : column + part.shape[1]] = part
-                k[layer][start : start + n] = values.keys
-                v[layer][start : start + n] = values.values
+                k[layer][start : start + n] = rounded(values.keys)
+                v[layer][start : start + n] = rounded(values.values)
             slots = torch.arange(start, start + n)
             rows = torch.where(slots < start + count, slots, -1)
             taken.append(dataclasses.replace(sample, recorded=Recorded(rows, slots, gens[slots])))

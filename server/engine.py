@@ -22,7 +22,7 @@ import zmq
 
 from alchemist.protocol import messages
 from alchemist.protocol.errors import ProtocolError
-from alchemist.protocol.layout import RowLayout
+from alchemist.protocol.layout import ActivationDtype, RowLayout
 from alchemist.protocol.lease import Lease
 from alchemist.protocol.shm import TensorHandle
 from alchemist.protocol.streams import copied
@@ -124,7 +124,7 @@ class Engine:
                 "start with --no-train to serve without learning"
             )
         require_unscaled_kv(runner)
-        layout = layout_of(runner)
+        layout = layout_of(runner, self.config.activation_dtype)
         weights = self._share_weights(runner.model)
         if self.config.record != "none":
             self._make_pool(runner, layout)
@@ -549,8 +549,12 @@ def require_unscaled_kv(runner: Any) -> None:
         )
 
 
-def layout_of(runner: Any) -> RowLayout:
-    """Row layout of a loaded model."""
+def layout_of(runner: Any, activation_dtype: ActivationDtype) -> RowLayout:
+    """Row layout of a loaded model.
+
+    Raises:
+        ValueError: its rows cannot be stored in `activation_dtype`.
+    """
     config = runner.model_config.hf_text_config
     attention = runner.model.model.layers[0].self_attn
     keys = runner.token_to_kv_pool.k_buffer[0]
@@ -565,6 +569,7 @@ def layout_of(runner: Any) -> RowLayout:
         dtype=dtype_name(runner.dtype),
         cell=keys[0].numel() * keys.element_size() // runner.dtype.itemsize,
         page_size=runner.token_to_kv_pool_allocator.page_size,
+        activation_dtype=activation_dtype,
     )
 
 

@@ -2,8 +2,9 @@
 
 SGLang's fused kernels write into their inputs, so nothing can be kept for later: x and q (and k) are packed when
 `qkv_proj` has run, before rope and attention; attn, mid and gate_up when `gate_up_proj` has, before the next norm adds
-to the residual. Nothing here waits for the device, and nothing needs the tokens' slots: a row is known by its number,
-and its slots lie in a table on the device (`GpuTier.table`).
+to the residual. With `--activation-dtype fp8` a kernel of its own encodes gate_up first. Nothing here waits for the
+device, and nothing needs the tokens' slots: a row is known by its number, and its slots lie in a table on the device
+(`GpuTier.table`).
 
 Which row a token has is a tensor that the kernels read, [tokens] int64, −1 for a token that is not recorded. For
 decode steps it is always the same tensor. The hooks are in place when SGLang captures its decode graphs, so packing is
@@ -24,6 +25,7 @@ from functools import partial
 import numpy as np
 import torch
 
+from alchemist.kernels import fp8_rows
 from alchemist.kernels.pack_rows import Field, pack_rows
 from alchemist.protocol.layout import RowLayout
 from alchemist.protocol.streams import to_device
@@ -52,7 +54,7 @@ class GpuRecorder:
         max_decode_tokens: of one decode step; 0: decode steps are not recorded.
         """
         assert isinstance(pool.device, GpuTier)
-        self._pool, self._tier = pool, pool.device
+        self._pool, self._tier, self._layout = pool, pool.device, layout
         self._first_cell = {
             name: offset // layout.cell for name, (offset, _) in layout.fields.items()
         }
@@ -159,6 +161,10 @@ class GpuRecorder:
         if self._error is not None or num_tokens > self._rows.numel():
             return
         try:
+            fields = [
+                (name, fp8_rows.encode(value) if self._layout.is_encoded(name) else value)
+                for name, value in fields
+            ]
             pack_rows(
                 [Field(value, self._first_cell[name]) for name, value in fields],
                 self._rows[:num_tokens],

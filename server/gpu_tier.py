@@ -68,7 +68,7 @@ class GpuTier(DeviceTier):
         return self.spare.pop(count)
 
     def write(self, layer: int, field: str, rows: Ids, value: Tensor) -> None:
-        """Store [n, field width] in `rows` [n]; enqueued on the current stream."""
+        """Store a field as it is stored, [n, elements], in `rows` [n]; enqueued on the current stream."""
         # Not before: the CPU's pool has no use for it.
         from alchemist.kernels.pack_rows import Field, pack_rows
 

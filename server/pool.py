@@ -33,6 +33,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from alchemist.kernels import fp8_rows
 from alchemist.protocol.layout import RowLayout
 from alchemist.protocol.rows import ROW, RowEvent, RowState
 from alchemist.protocol.shm import TensorHandle
@@ -281,7 +282,9 @@ class ActivationPool:
             self._to_hedge.append((mine, self._gen[mine]))
 
     def write(self, layer: int, field: str, rows: Ids, value: torch.Tensor) -> None:
-        """Store a field [n, width] of `rows` [n], those on the device before those on the host."""
+        """Store a field [n, `layout.widths`] of `rows` [n], those on the device before those on the host."""
+        if self.layout.is_encoded(field):
+            value = fp8_rows.encode(value)
         count = int((rows < self.num_device_rows).sum())
         if count:
             self.device.write(layer, field, rows[:count], value[:count])

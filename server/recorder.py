@@ -15,6 +15,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
+import msgspec
 import numpy as np
 import torch
 
@@ -42,7 +43,8 @@ class Recorder:
         """The one that is being computed."""
         self.num_recorded = 0
         self._may_defer = _is_functional(model.model.layers[0])
-        self._token_bytes = layout.row_bytes
+        # What is kept is as the model has it.
+        self._token_bytes = msgspec.structs.replace(layout, activation_dtype="auto").row_bytes
         self._kept: list[_Batch] = []
         self._num_kept_bytes = 0
         self._error: Exception | None = None

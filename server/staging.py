@@ -38,6 +38,6 @@ class Staging:
         return self.num_rows if self.is_free else 0
 
     def write(self, layer: int, field: str, value: Tensor) -> None:
-        """Store a field [n, width] of the pass's first n rows."""
+        """Store a field as it is stored, [n, elements], of the pass's first n rows."""
         start, width = self._fields[field]
         self.rows[layer][: len(value), start : start + width] = value

@@ -97,7 +97,7 @@ class DeviceTier:
         assert lent.size == self._lender.num_lent * self._lender.page_size, "the lender's count"
 
     def write(self, layer: int, field: str, rows: Ids, value: Tensor) -> None:
-        """Store [n, field width] in `rows` [n]."""
+        """Store a field as it is stored, [n, elements], in `rows` [n]."""
         cell, slots = self.layout.cell, self.cells[rows]
         first = int(slots[0, 0])
         # Neighbouring slots are one plain copy, several times faster than a scatter.
@@ -178,7 +178,7 @@ class HostTier:
         self.data = [self._arena.tensors[str(layer)] for layer in range(layout.num_layers)]
 
     def write(self, layer: int, field: str, rows: Ids, value: Tensor) -> None:
-        """Store [n, field width] in `rows` [n]."""
+        """Store a field as it is stored, [n, elements], in `rows` [n]."""
         start, width = self._fields[field]
         target = self.data[layer][:, start : start + width]
         if (np.diff(rows) == 1).all():

@@ -14,6 +14,8 @@ import torch
 import transformers
 from torch import Tensor
 
+from alchemist.kernels import fp8_rows
+from alchemist.protocol.layout import ActivationDtype
 from alchemist.trainer.families import ModelShape
 from alchemist.trainer.lora import LoraAdapter, LoraConfig
 from alchemist.trainer.rows import ActivationView, Recorded
@@ -217,8 +219,14 @@ class Recorder:
     KV pool, half on the host.
     """
 
-    def __init__(self, shape: ModelShape, dtype: torch.dtype, num_rows: int = 2048) -> None:
-        layout = shape.row_layout(dtype)
+    def __init__(
+        self,
+        shape: ModelShape,
+        dtype: torch.dtype,
+        num_rows: int = 2048,
+        activation_dtype: ActivationDtype = "auto",
+    ) -> None:
+        layout = shape.row_layout(dtype, activation_dtype)
         generator = torch.Generator().manual_seed(1)
         size, num_slots = layout.slots_per_row, num_rows * (1 + layout.slots_per_row)
         kv = (num_slots, shape.num_kv_heads, shape.head_dim)
@@ -272,6 +280,8 @@ class Recorder:
             self.k[layer][slot], self.v[layer][slot] = found["keys"][token], found["values"][token]
         for field, (start, width) in layout.fields.items():
             value = found[field][token].flatten()
+            if layout.is_encoded(field):
+                value = fp8_rows.encode(value[None])[0]
             if row >= self.num_device:
                 self.host[layer][row - self.num_device, start : start + width] = value
             elif field not in ("keys", "values"):

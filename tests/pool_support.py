@@ -14,7 +14,7 @@ from sglang.srt.mem_cache.allocator import (  # noqa: E402
     TokenToKVPoolAllocator,
 )
 
-from alchemist.protocol.layout import RowLayout  # noqa: E402
+from alchemist.protocol.layout import ActivationDtype, RowLayout  # noqa: E402
 from alchemist.protocol.tensors import Arena  # noqa: E402
 from alchemist.server.lender import Lender  # noqa: E402
 from alchemist.server.pool import ActivationPool  # noqa: E402
@@ -24,8 +24,8 @@ SIZE = 48
 """Slots that serving may use; slot 0 (page 0) is the dummy."""
 
 
-def layout(page_size: int) -> RowLayout:
-    # Twelve cells: x 2 (the second one half empty), q 2, attn 2, mid 2, gate_up 4.
+def layout(page_size: int, activation_dtype: ActivationDtype = "auto") -> RowLayout:
+    # Twelve cells: x 2 (the second one half empty), q 2, attn 2, mid 2, gate_up 4 (in eight bits 2, of them one half).
     return RowLayout(
         num_layers=2,
         hidden_size=3,
@@ -37,6 +37,7 @@ def layout(page_size: int) -> RowLayout:
         dtype="float32",
         cell=2,
         page_size=page_size,
+        activation_dtype=activation_dtype,
     )
 
 
@@ -51,6 +52,7 @@ class World:
         eviction="value",
         fraction=1.0,
         kv_dtype=torch.float32,
+        activation_dtype="auto",
         is_shared=False,
         is_deferred=None,
         device="cpu",
@@ -59,7 +61,7 @@ class World:
         is_shared: another process may map the KV buffers, too, as it may whatever the pool has.
         """
         per_cell = {torch.float32: 1, torch.float16: 2}[kv_dtype]
-        self.layout = layout(page_size)
+        self.layout = layout(page_size, activation_dtype)
         shape = (SIZE + page_size, 1, 2 * per_cell)
         names = ("k0", "k1", "v0", "v1")
         self.kv = Arena("kv", dict.fromkeys(names, (shape, kv_dtype))) if is_shared else None
@@ -123,7 +125,7 @@ class World:
             self.stamp += 1
             held[slot] = self.stamp
             for layer in range(2):
-                for field, (_, width) in self.layout.fields.items():
+                for field, width in self.layout.widths.items():
                     if field not in ("keys", "values"):
                         value = torch.full((1, width), self.stamp + layer / 2).to(self.device)
                         self.pool.write(layer, field, np.array([row]), value)
@@ -167,7 +169,7 @@ def read(
     rows, slots = found.rows[where], found.slots[where]
     seen, pairs = [], []
     for layer in range(2):
-        for field, (_, width) in view.layout.fields.items():
+        for field, width in view.layout.widths.items():
             if field in ("keys", "values"):
                 continue
             out = torch.full((rows.numel(), width), float("nan"), device=device)

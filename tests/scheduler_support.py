@@ -69,7 +69,7 @@ class Prefill:
         self.engine._opted_out.add("no")
         self.values = {
             field: torch.ones(total, width)
-            for field, (_, width) in server.layout.fields.items()
+            for field, width in server.layout.widths.items()
             if field not in ("keys", "values")
         }
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import AutoConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from alchemist.protocol.layout import RowLayout
+from alchemist.protocol.layout import ActivationDtype, RowLayout
 from alchemist.protocol.models import architecture, require_supported
 
 
@@ -71,7 +71,9 @@ class ModelShape:
         kv = self.num_kv_heads * self.head_dim
         return self.num_heads * self.head_dim, kv, kv
 
-    def row_layout(self, dtype: torch.dtype) -> RowLayout:
+    def row_layout(
+        self, dtype: torch.dtype, activation_dtype: ActivationDtype = "auto"
+    ) -> RowLayout:
         """What serving records of this model when it computes in `dtype`, its KV cache, too."""
         return RowLayout(
             num_layers=self.num_layers,
@@ -83,6 +85,7 @@ class ModelShape:
             has_qk_norm=self.has_qk_norm,
             dtype=str(dtype).removeprefix("torch."),
             cell=self.num_kv_heads * self.head_dim,
+            activation_dtype=activation_dtype,
         )
 
     def cos_sin(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -78,8 +78,8 @@ class GpuView(ActivationView):
         self._ahead: dict[tuple[int, int], _Copy] = {}
         """By layer and places."""
 
-    def fetch(self, layer: int, field: str, rows: Tensor, out: Tensor) -> None:
-        """One field [n, field width] of `rows` into `out`, contiguous in the width."""
+    def _read(self, layer: int, field: str, rows: Tensor, out: Tensor) -> None:
+        """One field as it is stored, [n, elements], contiguous in them."""
         start, width = self._fields[field]
         places = self._find(rows)
         if places.num_device:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from alchemist.kernels.replay_linear import LoraPart, replay_linear, unread
-from alchemist.kernels.rms_norm import add_rms_norm
+from alchemist.kernels.rms_norm import add_rms_norm, rms_norm
 from alchemist.kernels.rope import norm_rope, rope
 from alchemist.kernels.swiglu import swiglu
 
@@ -173,6 +173,18 @@ def decoder_layer(
     )
     kept_k = k if weights.k_norm is not None else None
     return mid, down, LayerValues(x_TH, q, kept_k, attn, mid, gate_up, keys, values)
+
+
+def mlp_input(mid: Tensor, weights: LayerWeights, lora: LayerLora, eps: float) -> Tensor:
+    """A layer's `gate_up` from its recorded `mid`."""
+    (gate_up,) = replay_linear(
+        rms_norm(mid, weights.post_attention_norm, eps),
+        weights.gate_up,
+        weights.gate_up_bias,
+        lora.gate_up,
+        lora.scaling,
+    )
+    return gate_up
 
 
 def mlp_output(mid: Tensor, gate_up: Tensor, weights: LayerWeights, lora: LayerLora) -> Tensor:

@@ -30,7 +30,7 @@ from alchemist.kernels.path_attention import PathBlock, path_attention
 from alchemist.kernels.rms_norm import add_rms_norm, rms_norm
 
 from .batch import TokenBatch
-from .layer import LayerLora, LayerValues, decoder_layer, mlp_output, no_pause, pauses
+from .layer import LayerLora, LayerValues, decoder_layer, mlp_input, mlp_output, no_pause, pauses
 from .lora import LoraAdapter
 from .rows import ActivationView
 from .weights import BaseWeights
@@ -268,13 +268,16 @@ class Replay:
         if batch.recorded_heads.numel():
             layer = self._shape.num_layers - 1
             rows = batch.rows[batch.recorded_heads]
+            weights, lora = self._w.layers[layer], LayerLora.of(adapter, layer, self._shape)
             mid = self._fetch(layer, "mid", rows)
-            gate_up = self._fetch(layer, "gate_up", rows)
+            assert self._view is not None
+            if self._view.layout.is_encoded("gate_up"):
+                # Log-probabilities are those that were served: what is rounded is for gradients only.
+                gate_up = mlp_input(mid, weights, lora, self._shape.rms_norm_eps)
+            else:
+                gate_up = self._fetch(layer, "gate_up", rows)
             self._check(batch)
-            lora = LayerLora.of(adapter, layer, self._shape)
-            hidden[batch.recorded_head_ranks] = mlp_output(
-                mid, gate_up, self._w.layers[layer], lora
-            )
+            hidden[batch.recorded_head_ranks] = mlp_output(mid, gate_up, weights, lora)
         return hidden
 
     def _log_probabilities(
@@ -344,7 +347,7 @@ class Replay:
         n, total = batch.num_recorded, batch.num_differentiated
 
         def whole(field: str) -> Tensor:
-            out = self._buffer(field, total, view.layout.fields[field][1])
+            out = self._buffer(field, total, view.layout.widths[field])
             view.fetch(layer, field, batch.rows, out[:n])
             if own is not None:
                 out[n:] = getattr(own, field)
@@ -358,7 +361,7 @@ class Replay:
         def of_queries(field: str) -> Tensor:
             if queries is None:
                 return whole(field)
-            out = self._buffer(field, queries.shape[0], view.layout.fields[field][1])
+            out = self._buffer(field, queries.shape[0], view.layout.widths[field])
             out[loss_ranks] = self._fetch(layer, field, loss_rows)
             if own is not None:
                 ranks = batch.missing_head_ranks
@@ -395,7 +398,7 @@ class Replay:
 
     def _fetch(self, layer: int, field: str, rows: Tensor) -> Tensor:
         assert self._view is not None
-        out = self._w.embed.new_empty(rows.shape[0], self._view.layout.fields[field][1])
+        out = self._w.embed.new_empty(rows.shape[0], self._view.layout.widths[field])
         self._view.fetch(layer, field, rows, out)
         return out
 

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from alchemist.kernels import fp8_rows
 from alchemist.protocol.layout import RowLayout
 
 
@@ -102,14 +103,24 @@ class ActivationView:
         self._host, self._k, self._v, self._gens, self._cells = host, k, v, gens, cells
         self._fields = layout.fields
         self._parts = {name: layout.parts(name) for name in self._fields if name not in _ON_HOST}
-        dtype = getattr(torch, layout.dtype)
+        self._dtype: torch.dtype = getattr(torch, layout.dtype)
         self._planes = [
-            tuple(t.flatten(1).view(dtype) for t in pair) for pair in zip(k, v, strict=True)
+            tuple(t.flatten(1).view(self._dtype) for t in pair) for pair in zip(k, v, strict=True)
         ]
         self._last: tuple[Tensor, _Places] | None = None
 
     def fetch(self, layer: int, field: str, rows: Tensor, out: Tensor) -> None:
-        """One field [n, field width] of `rows` into `out`. Call `check` after the last read."""
+        """One field [n, `layout.widths`] of `rows` into `out`. Call `check` after the last read."""
+        if not self.layout.is_encoded(field):
+            self._read(layer, field, rows, out)
+            return
+        shape = (rows.numel(), self._fields[field][1])
+        stored = torch.empty(shape, dtype=self._dtype, device=out.device)
+        self._read(layer, field, rows, stored)
+        fp8_rows.decode(stored, out)
+
+    def _read(self, layer: int, field: str, rows: Tensor, out: Tensor) -> None:
+        """One field as it is stored, [n, elements]."""
         start, width = self._fields[field]
         places = self._locate(rows)
         if places.num_device == 0:

@@ -28,7 +28,7 @@ def encode(x: Tensor, stored: Tensor, scales: Tensor) -> None:
 
 
 def decode(stored: Tensor, scales: Tensor, out: Tensor) -> None:
-    """Fill `out` [T, D]."""
+    """Fill `out` [T, D], contiguous in D."""
     num_rows, width = out.shape
     block = min(_BLOCK, triton.next_power_of_2(width))
     _decode_kernel[(num_rows, triton.cdiv(width, block))](
@@ -38,6 +38,7 @@ def decode(stored: Tensor, scales: Tensor, out: Tensor) -> None:
         width,
         stored.stride(0),
         scales.stride(0),
+        out.stride(0),
         BLOCK=block,
         num_warps=8,
     )
@@ -62,10 +63,10 @@ def _encode_kernel(x, stored, scales, width, x_t, stored_t, scales_t, BLOCK: tl.
 
 
 @triton.jit
-def _decode_kernel(stored, scales, out, width, stored_t, scales_t, BLOCK: tl.constexpr):
+def _decode_kernel(stored, scales, out, width, stored_t, scales_t, out_t, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     scale = tl.load(scales + row * scales_t)
     code = tl.load(stored + row * stored_t + column, mask=column < width)
     value = code.to(tl.float32) * scale
-    tl.store(out + row * width + column, value.to(out.dtype.element_ty), mask=column < width)
+    tl.store(out + row * out_t + column, value.to(out.dtype.element_ty), mask=column < width)

@@ -11,8 +11,9 @@ Grouped heads share a matrix product; keys are never repeated.
 
 On a GPU (`triton.py`) a flash forward gives output and log-sum-exp, and a flash backward works from
 (q, k, v, output, log-sum-exp). With a recorded output, the log-sum-exp is recomputed from q and k
-alone if it was not recorded, too: half a forward. Gradients of k and v are summed by the program
-that owns the key tile, in a fixed order, without atomics (`packing.py`).
+alone: half a forward. SGLang's attention backends have it, where they do, inside one call, and do
+not hand it out with our models. Gradients of k and v are summed by the program that owns the key tile, in a
+fixed order, without atomics (`packing.py`).
 
 What else there is, and why not:
  * `aten._flash_attention_backward`: varlen and grouped heads, but every branch needs its own copy of
@@ -60,19 +61,16 @@ def path_attention(
     v_SKD: Tensor,
     plan: list[PathBlock],
     recorded: Tensor | None = None,
-    recorded_lse: Tensor | None = None,
 ) -> Tensor:
     """[Q, N, D] attention outputs, scale 1/sqrt(D). Every row of q is in exactly one block.
 
     Args:
         recorded: the output's value; then the forward does nothing. On a GPU the backward reads it.
-        recorded_lse: float32 [Q, N], the natural log-sum-exp of the scaled scores, beside
-            `recorded`; read on a GPU only.
 
     Raises:
         ValueError: on a GPU, if the blocks' paths are not those of one tree.
     """
-    y: Tensor = _PathAttention.apply(q_QND, k_SKD, v_SKD, plan, recorded, recorded_lse)
+    y: Tensor = _PathAttention.apply(q_QND, k_SKD, v_SKD, plan, recorded)
     return y
 
 
@@ -135,11 +133,10 @@ class _PathAttention(torch.autograd.Function):
         v: Tensor,
         plan: list[PathBlock],
         recorded: Tensor | None,
-        recorded_lse: Tensor | None,
     ) -> Tensor:
         ctx.plan = plan
         if uses_triton(q):
-            return _forward_on_gpu(ctx, q, k, v, plan, recorded, recorded_lse)
+            return _forward_on_gpu(ctx, q, k, v, plan, recorded)
         ctx.save_for_backward(q, k, v)
         if recorded is not None:
             return recorded.detach()
@@ -157,7 +154,7 @@ class _PathAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
         if uses_triton(d_out):
-            return (*_backward_on_gpu(ctx, d_out), None, None, None)
+            return (*_backward_on_gpu(ctx, d_out), None, None)
         q, k, v = ctx.saved_tensors
         scale = 1 / math.sqrt(q.shape[-1])
         dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
@@ -179,7 +176,7 @@ class _PathAttention(torch.autograd.Function):
             # A path holds each row once, so this is a plain scatter-add.
             dk[keys] += dk_KSD.transpose(0, 1)
             dv[keys] += dv_KSD.transpose(0, 1)
-        return dq, dk, dv, None, None, None
+        return dq, dk, dv, None, None
 
 
 def _forward_on_gpu(
@@ -189,10 +186,9 @@ def _forward_on_gpu(
     v: Tensor,
     plan: list[PathBlock],
     recorded: Tensor | None,
-    recorded_lse: Tensor | None,
 ) -> Tensor:
     if recorded is not None:
-        ctx.save_for_backward(q, k, v, recorded, recorded_lse)
+        ctx.save_for_backward(q, k, v, recorded, None)
         return recorded.detach()
     from . import triton
 

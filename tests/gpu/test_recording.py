@@ -9,6 +9,7 @@ from pool_machine import PoolMachine
 from pool_support import World, as_recorded
 from torch import nn
 
+from alchemist.kernels import fp8_rows
 from alchemist.protocol.layout import RowLayout
 from alchemist.server.gpu_recorder import GpuRecorder
 from alchemist.server.lender import Lender
@@ -20,6 +21,7 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 
+in_both = pytest.mark.parametrize("activation_dtype", ["auto", "fp8"])
 HIDDEN, HEADS, KV_HEADS, DIM, INNER, LAYERS = 256, 4, 2, 64, 512, 3
 
 
@@ -121,7 +123,9 @@ class Model(nn.Module):
 class Serving:
     """A model, its KV pool and SGLang's allocator on a GPU, with an activation pool and a recorder."""
 
-    def __init__(self, *, max_decode_tokens=0, num_slots=4096, num_host_rows=64):
+    def __init__(
+        self, activation_dtype="auto", *, max_decode_tokens=0, num_slots=4096, num_host_rows=64
+    ):
         from sglang.srt.mem_cache.allocator import TokenToKVPoolAllocator
 
         torch.manual_seed(0)
@@ -136,6 +140,7 @@ class Serving:
             has_qk_norm=False,
             dtype="bfloat16",
             cell=KV_HEADS * DIM,
+            activation_dtype=activation_dtype,
         )
         self.k, self.v = (
             [
@@ -202,6 +207,10 @@ class Serving:
             handle.remove()
         for number, (keys, values) in enumerate(caches):
             seen[number, "keys"], seen[number, "values"] = keys.flatten(1), values.flatten(1)
+        for (_, field), value in seen.items():
+            if self.layout.is_encoded(field):
+                # What is read back of it.
+                fp8_rows.decode(fp8_rows.encode(value), value)
         return seen
 
     def recorded(self, slots):
@@ -217,7 +226,7 @@ class Serving:
         rows, slots = found.rows[where], found.slots[where]
         seen = {}
         for layer in range(LAYERS):
-            for field, (_, width) in self.layout.fields.items():
+            for field, width in self.layout.widths.items():
                 if field not in ("keys", "values"):
                     out = torch.empty(rows.numel(), width, dtype=torch.bfloat16, device="cuda")
                     self.view.fetch(layer, field, rows, out)
@@ -239,8 +248,9 @@ def assert_same(seen, expected, which=slice(None)):
         assert torch.equal(seen[place], value[which]), place
 
 
-def test_a_prefill_is_recorded_bit_by_bit_and_its_output_unchanged():
-    serving = Serving()
+@in_both
+def test_a_prefill_is_recorded_bit_by_bit_and_its_output_unchanged(activation_dtype):
+    serving = Serving(activation_dtype)
     x, slots = random_tokens(70), serving.allocator.alloc(70)
     plain = serving.run(x, slots)
     serving.pool.settle(wait=True)
@@ -253,8 +263,9 @@ def test_a_prefill_is_recorded_bit_by_bit_and_its_output_unchanged():
     assert_same(seen, serving.reference(x))
 
 
-def test_no_step_of_recording_waits_for_the_device():
-    serving = Serving()
+@in_both
+def test_no_step_of_recording_waits_for_the_device(activation_dtype):
+    serving = Serving(activation_dtype)
     x, slots = random_tokens(40), serving.allocator.alloc(40)
     serving.pool.settle(wait=True)
     # Compiled by the first pass.
@@ -284,9 +295,10 @@ def test_no_step_of_recording_waits_for_the_device():
     assert_same(seen, serving.reference(x), kept.cuda())
 
 
-def test_decode_steps_are_recorded_inside_a_cuda_graph():
+@in_both
+def test_decode_steps_are_recorded_inside_a_cuda_graph(activation_dtype):
     size = 8
-    serving = Serving(max_decode_tokens=size)
+    serving = Serving(activation_dtype, max_decode_tokens=size)
     x = random_tokens(size)
     slots = torch.zeros(size, dtype=torch.int64, device="cuda")
     side = torch.cuda.Stream()
@@ -325,8 +337,11 @@ def test_decode_steps_are_recorded_inside_a_cuda_graph():
         assert_same(seen, expected, slice(0, count))
 
 
-def test_copies_on_the_host_are_the_rows_and_are_used_when_serving_takes_the_slots():
-    serving = Serving(num_host_rows=64)
+@in_both
+def test_copies_on_the_host_are_the_rows_and_are_used_when_serving_takes_the_slots(
+    activation_dtype,
+):
+    serving = Serving(activation_dtype, num_host_rows=64)
     x, slots = random_tokens(48), serving.allocator.alloc(48)
     serving.pool.settle(wait=True)
     assert serving.recorder.begin(slots, torch.arange(48))
@@ -355,8 +370,9 @@ def test_copies_on_the_host_are_the_rows_and_are_used_when_serving_takes_the_slo
         assert torch.equal(out, expected[layer, "gate_up"])
 
 
-def test_a_prefill_that_finds_no_slots_is_recorded_on_the_host():
-    serving = Serving(num_host_rows=64)
+@in_both
+def test_a_prefill_that_finds_no_slots_is_recorded_on_the_host(activation_dtype):
+    serving = Serving(activation_dtype, num_host_rows=64)
     slots = serving.allocator.alloc(serving.allocator.available_size())[:40]
     x = random_tokens(40)
     serving.pool.settle(wait=True)

@@ -204,6 +204,12 @@ def test_row_layout_has_the_models_sizes():
     assert layout.fields["gate_up"] == (40 + 40 + 20 + 40 + 40, 80)
     assert layout.width == 260 + 2 * 20
     assert layout.slots_per_row == 7
+    # In eight bits: 80 bytes and a scale in 42 elements.
+    narrow = shape.row_layout(torch.bfloat16, "fp8")
+    assert narrow.fields["gate_up"] == (40 + 40 + 20 + 40 + 40, 42)
+    assert narrow.widths == layout.widths
+    assert narrow.width == 180 + 60 + 2 * 20
+    assert narrow.slots_per_row == 6
 
 
 def test_weights_are_views_and_checked():

@@ -21,7 +21,7 @@ def run(recorder, world, num_tokens):
     tokens = torch.arange(1.0, num_tokens + 1)[:, None]
     for layer in range(2):
         for field in ORDER:
-            width = world.layout.fields[field][1]
+            width = world.layout.widths[field]
             recorder._take(layer, field, (tokens + layer / 2).repeat(1, width))
 
 

@@ -28,7 +28,7 @@ def test_values_are_those_of_the_plain_view(rows, is_ahead):
     for layer in range(layout.num_layers - 1, -1, -1):
         if is_ahead:
             view.prefetch(layer, rows)
-        for field, (_, width) in layout.fields.items():
+        for field, width in layout.widths.items():
             if field not in ("keys", "values"):
                 found, expected = torch.empty(2, rows.numel(), width)
                 view.fetch(layer, field, rows, found)

@@ -41,14 +41,14 @@ def peak_bytes(run):
     return peak
 
 
-def view_of(shape, dtype, num_rows):
-    """Rows of noise: sizes do not depend on what is in them."""
-    layout = shape.row_layout(dtype)
+def view_of(shape, dtype, num_rows, activation_dtype):
+    """Rows of zeros, which eight bits have, too: sizes do not depend on what is in them."""
+    layout = shape.row_layout(dtype, activation_dtype)
     size = layout.slots_per_row
     kv = (num_rows * (1 + size), shape.num_kv_heads, shape.head_dim)
 
     def buffers(*size):
-        return [torch.randn(size).to(dtype) for _ in range(shape.num_layers)]
+        return [torch.zeros(size, dtype=dtype) for _ in range(shape.num_layers)]
 
     gens = torch.zeros(num_rows, dtype=torch.int64)
     cells = torch.arange(num_rows, kv[0]).view(num_rows, size)
@@ -131,9 +131,11 @@ BATCHES = {
 
 
 MODELS = {
-    "qwen3": ("qwen3", "wide", torch.float32),
-    "bfloat16": ("llama", "wide", torch.bfloat16),
-    "small": ("llama", "small", torch.float32),
+    "qwen3": ("qwen3", "wide", torch.float32, "auto"),
+    "bfloat16": ("llama", "wide", torch.bfloat16, "auto"),
+    "small": ("llama", "small", torch.float32, "auto"),
+    "eight bits": ("llama", "wide", torch.bfloat16, "fp8"),
+    "eight bits, float32": ("qwen3", "small", torch.float32, "fp8"),
 }
 CASES = [(batch, name, "qwen3") for batch in BATCHES for name in ("sft", "kto")]
 CASES += [(batch, "dpo", "qwen3") for batch in ("half", "long answers", "split")]
@@ -142,11 +144,16 @@ CASES += [
     for batch in ("recorded", "missing", "long answers", "shared prompt")
     for model in ("bfloat16", "small")
 ]
+CASES += [
+    (batch, "kto", model)
+    for batch in ("recorded", "half", "shared prompt")
+    for model in ("eight bits", "eight bits, float32")
+]
 
 
 @pytest.mark.parametrize(("batch", "name", "model"), CASES)
 def test_the_formula_bounds_a_step(batch, name, model):
-    family, size, dtype = MODELS[model]
+    family, size, dtype, activation_dtype = MODELS[model]
     sizes = SIZES[size]
     head_dim = {"head_dim": sizes["hidden_size"] // 4} if family == "qwen3" else {}
     model = random_model(family, dtype, max_position_embeddings=2048, **sizes, **head_dim)
@@ -155,7 +162,7 @@ def test_the_formula_bounds_a_step(batch, name, model):
     config = LoraConfig(rank=8, alpha=16.0)
     adapter = random_adapter(engine.shape, dtype, 3, config)
     samples = make_samples(count, shared, prompt, response, share, sizes["vocab_size"])
-    engine.view = view_of(engine.shape, dtype, count * (shared + prompt))
+    engine.view = view_of(engine.shape, dtype, count * (shared + prompt), activation_dtype)
     objective = Objective(name=name)
     found = []
     peak = peak_bytes(lambda: found.append(engine.gradients(samples, adapter, objective)))

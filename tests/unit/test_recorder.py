@@ -16,7 +16,7 @@ def forward(recorder, world, slots, which=None):
     assert recorder.begin(slots, torch.arange(slots.numel()), which)
     tokens = torch.arange(1.0, slots.numel() + 1)[:, None]
     for layer in range(2):
-        for field, (_, width) in world.layout.fields.items():
+        for field, width in world.layout.widths.items():
             if field not in ("keys", "values"):
                 recorder._write(layer, field, (tokens + layer / 2).expand(-1, width))
     recorder.end()
