@@ -12,6 +12,7 @@ W is made once for each adapter that is loaded. Two adapters in a batch, or an a
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -47,7 +48,7 @@ class Alone:
             ends = layer.output_offset_cpu.tolist()
             r = self.rank
             w = b.new_zeros((len(ends) - 1) * r, ends[-1])
-            for i, (start, end) in enumerate(zip(ends[:-1], ends[1:], strict=True)):
+            for i, (start, end) in enumerate(pairwise(ends)):
                 w[i * r : (i + 1) * r, start:end] = b[self.index, start:end, :r].T
             found = self.matrices[layer] = a[self.index, : w.shape[0]].T, w
         return found
