@@ -15,11 +15,14 @@ five: plain SGLang stays up, and the rest comes in two groups, each compared wit
     slo         training, lease policy slo: five times a lone request's TTFT and TPOT, unless targets are given
     none        training without a lease: how bad it is otherwise
 
+The first group is started --starts times, plain SGLang too: two servers that do the same differ by some percent for as
+long as they live, by where their memory happens to lie.
+
 The load is SGLang's own benchmark client, at --rate, and (rows that end in _at25 … _at90) at parts of the rate at which
 plain SGLang is saturated, measured first. Turns are short and many: a shared machine drifts by more within minutes than
 what is measured here. Latency ratios are ours ÷ plain over all requests of the run: less is better; their quartiles are
-those of 200 resamplings of the rounds. The gate: greedy tokens and logprobs of all servers' base model agree.
---quick has the first group at --rate only; --only starts what its rows need.
+those of 200 resamplings of the starts, or of the rounds if there was one start. The gate: greedy tokens and logprobs of
+all servers' base model agree. --quick has the first group at --rate only; --only starts what its rows need.
 """
 
 from __future__ import annotations
@@ -68,7 +71,8 @@ def main() -> None:
     parser.add_argument(
         "--requests", type=int, default=4, help="requests per round and server (default: 4)"
     )
-    parser.add_argument("--rounds", type=int, default=0, help="rounds (default: 60; quick: 2)")
+    parser.add_argument("--starts", type=int, default=0, help="(default: 5; quick: 1)")
+    parser.add_argument("--rounds", type=int, default=0, help="of a start (default: 12; quick: 2)")
     parser.add_argument(
         "--level-requests", type=int, default=16, help="the same at each load level (default: 16)"
     )
@@ -114,7 +118,8 @@ class Bench:
     def __init__(self, run: Run, options: argparse.Namespace, folder: Path) -> None:
         self._run, self._options, self._folder = run, options, folder
         self._groups, self._levels, self._has_base = wanted(options)
-        self._rounds = options.rounds or (2 if options.quick else 60)
+        self._rounds = options.rounds or (2 if options.quick else 12)
+        self._starts = options.starts or (1 if options.quick else 5)
         self._level_rounds = options.level_rounds or (2 if options.quick else 12)
         self._slo = Slo(options.slo_ttft_ms, options.slo_tpot_ms)
         self._rate = 0.0
@@ -122,32 +127,48 @@ class Bench:
 
     def measure(self) -> None:
         options = self._options
-        up = [self._start("plain")]
+        # slo's targets are only known when plain has been measured.
+        is_at_once = "slo" not in self._groups[0]
+        first = self._groups[0] if is_at_once else []
+        starts = self._starts if is_at_once else 1
+        found = Measured(["plain", *first], is_first=True, starts=starts)
+        up: list[Target] = []
         try:
-            # slo's targets are only known when plain has been measured.
-            if "slo" not in self._groups[0]:
-                up += [self._start(name) for name in self._groups[0]]
-            # Slow to import: while the servers start.
-            self._load = Load(options.model, options.input_len, options.output_len)
-            for target in progress(up, "starting servers"):
-                target.wait_ready()
-            self._expected = up[0].greedy()
-            self._load.run(up[0].url, WARM_UP, math.inf, seed=-1 % 2**32)
-            if self._levels or self._run.wants("saturation_rate"):
-                self._rate = self._saturation(up[0])
-                report_saturation(self._run, self._rate)
-            for index, group in enumerate(self._groups):
-                if "slo" in group and self._slo.is_open:
-                    self._slo = self._lone(up[0])
-                if len(up) == 1:
-                    up += [self._start(name) for name in group]
-                    for target in progress(up, "starting servers"):
-                        target.wait_ready()
-                self._measure_group(up, is_first=index == 0)
+            for start in range(starts):
+                Target.end(up)
+                up = [self._start(name) for name in ("plain", *first)]
+                if not start:
+                    # Slow to import: while the servers start.
+                    self._load = Load(options.model, options.input_len, options.output_len)
+                self._wait(up)
+                if not start:
+                    self._expected = up[0].greedy()
+                self._load.run(up[0].url, WARM_UP, math.inf, seed=-1 % 2**32)
+                if not start and (self._levels or self._run.wants("saturation_rate")):
+                    self._rate = self._saturation(up[0])
+                    report_saturation(self._run, self._rate)
+                if is_at_once:
+                    is_last = start == starts - 1
+                    self._measure_group(up, found, start, self._levels if is_last else [])
+            if is_at_once:
+                report_group(self._run, found, self._slo, burst=BURST)
+            for group in self._groups[is_at_once:]:
                 Target.end(up[1:])
                 del up[1:]
+                if "slo" in group and self._slo.is_open:
+                    self._slo = self._lone(up[0])
+                up += [self._start(name) for name in group]
+                self._wait(up)
+                found = Measured([target.name for target in up], is_first=not is_at_once, starts=1)
+                self._measure_group(up, found, 0, self._levels)
+                report_group(self._run, found, self._slo, burst=BURST)
         finally:
             Target.end(up)
+
+    @staticmethod
+    def _wait(targets: list[Target]) -> None:
+        for target in progress(targets, "starting servers"):
+            target.wait_ready()
 
     def _start(self, name: str) -> Target:
         options = self._options
@@ -184,7 +205,9 @@ class Bench:
             SLO_SCALE * statistics.median(timing.tpot for timing in timings),
         )
 
-    def _measure_group(self, targets: list[Target], is_first: bool) -> None:
+    def _measure_group(
+        self, targets: list[Target], found: Measured, start: int, at_levels: Sequence[int]
+    ) -> None:
         for target in targets[1:]:
             if target.greedy() != self._expected:
                 sys.exit(
@@ -196,20 +219,19 @@ class Bench:
                 target.backlog.measure_alone(3 if self._options.quick else 12)
         for target in progress(targets, "warm-up"):
             self._load.run(target.url, WARM_UP, math.inf, seed=-1 % 2**32)
-        found = Measured([target.name for target in targets], is_first)
         options = self._options
         if self._has_base:
-            plan = _rotated(targets, self._rounds)
+            plan = _rotated(targets, self._rounds, first=start * self._rounds)
             for r, target in progress(plan, "measuring"):
                 self._turn(found, target, None, options.requests, options.rate, r)
             bursts = plan[: max(len(targets), len(plan) // 6)]
             for r, target in progress(bursts, "measuring all at once"):
-                seconds = self._turn(found, target, -1, BURST, math.inf, self._rounds + r)
+                seconds = self._turn(found, target, -1, BURST, math.inf, 10**6 + r)
                 found.throughput[target.name].append(BURST * options.output_len / seconds)
         levels = [
             (r, at, target)
-            for r in range(self._level_rounds if self._levels else 0)
-            for at in self._levels
+            for r in range(self._level_rounds)
+            for at in at_levels
             for _, target in _rotated(targets, 1, first=r)
         ]
         for r, at, target in progress(levels, "measuring at load levels"):
@@ -218,7 +240,6 @@ class Bench:
         for target in targets:
             if target.backlog is not None:
                 found.trained[target.name] = target.backlog
-        report_group(self._run, found, self._slo, burst=BURST)
 
     def _turn(
         self,

@@ -44,8 +44,12 @@ class Slo:
 class Measured:
     """What one group of servers has shown: turns of requests by server and load level (None: the load of --rate)."""
 
-    def __init__(self, names: list[str], is_first: bool) -> None:
+    def __init__(self, names: list[str], is_first: bool, starts: int) -> None:
+        """Args:
+        starts: how often the servers are started; every start adds as many turns without a level as every other.
+        """
         self.names = names
+        self.starts = starts
         self.is_first = is_first
         """Plain SGLang's own figures are those of the first group."""
         self.turns: dict[int | None, dict[str, list[list[Timing]]]] = defaultdict(
@@ -73,10 +77,17 @@ def quantile(turns: Sequence[Sequence[float]], q: float) -> float:
     return values[min(len(values) - 1, int(q * len(values)))]
 
 
-def resampled(turns: Sequence[T]) -> list[Sequence[T]]:
-    """The turns as measured, then drawn with replacement 200 times: the same rounds for every server."""
+def resampled(turns: Sequence[T], starts: int = 1) -> list[Sequence[T]]:
+    """The turns as measured, then drawn with replacement 200 times, all of a start together if there were several: the
+    same for every server.
+    """
     draw = random.Random(0)
-    return [turns, *(draw.choices(turns, k=len(turns)) for _ in range(200))]
+    if starts == 1:
+        return [turns, *(draw.choices(turns, k=len(turns)) for _ in range(200))]
+    each = len(turns) // starts
+    by_start = [turns[i * each : (i + 1) * each] for i in range(starts)]
+    drawn = (draw.choices(by_start, k=starts) for _ in range(200))
+    return [turns, *(list(itertools.chain(*some)) for some in drawn)]
 
 
 def report_saturation(run: Run, rate: float) -> None:
@@ -107,12 +118,14 @@ def _latencies(run: Run, found: Measured, at: int | None, suffix: str) -> None:
             for name, turns in found.turns[at].items()
         }
         n = len(rounds["plain"])
+        # Load levels are for the last start alone.
+        starts = found.starts if at is None else 1
         for label, q in (("p50", 0.5), ("p99", 0.99)):
-            base = [quantile(turns, q) for turns in resampled(rounds["plain"])]
+            base = [quantile(turns, q) for turns in resampled(rounds["plain"], starts)]
             if found.is_first:
                 run.add(Row(f"{what}_{label}_plain{suffix}", base[0], "ms", quartiles(base), n))
             for name in found.names[1:]:
-                ours = [quantile(turns, q) for turns in resampled(rounds[name])]
+                ours = [quantile(turns, q) for turns in resampled(rounds[name], starts)]
                 ratios = [mine / its for mine, its in zip(ours, base, strict=True)]
                 row = Row(f"{what}_{label}_{name}{suffix}", ratios[0], "x", quartiles(ratios), n)
                 row.against, row.less_is_better = "plain SGLang, same run", True
@@ -124,7 +137,7 @@ def _shares(run: Run, found: Measured, at: int | None, suffix: str) -> None:
     for name, shares in found.shares[at].items():
         value = statistics.fmean(shares)
         row = Row(f"train_share_{name}{suffix}", value, "x", quartiles(shares), len(shares))
-        row.against = "the same trainer with nobody to serve, by layers"
+        row.against = "the same trainer with nobody to serve, by gates"
         run.add(row)
         if name == "slo" and at == 50:
             half = Row("slo_train_share", value, "x", row.spread, row.n, row.against)

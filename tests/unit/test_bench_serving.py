@@ -54,7 +54,7 @@ def rows(found: Measured, slo: Slo) -> dict[str, object]:
 
 
 def test_ratios_are_over_plain_of_the_same_load_and_group():
-    found = Measured(["plain", "slo"], is_first=False)
+    found = Measured(["plain", "slo"], is_first=False, starts=1)
     for at, plain, ours in ((None, 10.0, 11.0), (50, 20.0, 30.0)):
         for _ in range(3):
             found.add("plain", at, [Timing(plain, 2.0)] * 4)
@@ -73,3 +73,16 @@ def test_ratios_are_over_plain_of_the_same_load_and_group():
     # Plain's own figures are the first group's.
     assert "ttft_p50_plain" not in named
     assert not any("-1" in name for name in named)
+
+
+@pytest.mark.parametrize(("starts", "width"), [(1, 0.0), (3, 0.2)])
+def test_spreads_are_those_of_the_starts_where_there_were_several(starts, width):
+    """Turns of one start agree, starts do not: what varies is drawn together."""
+    found = Measured(["plain", "recording"], is_first=True, starts=starts)
+    for ours in (9.0, 10.0, 12.0):
+        for _ in range(25):
+            found.add("plain", None, [Timing(10.0, 1.0)])
+            found.add("recording", None, [Timing(ours, 1.0)])
+    row = rows(found, Slo(0, 0))["ttft_p50_recording"]
+    assert row.value == pytest.approx(1.0)
+    assert row.spread[1] - row.spread[0] == pytest.approx(width)
