@@ -59,7 +59,7 @@ class Suspension:
         """The trainer goes on, if it was stopped here."""
         pid, self._stopped = self._stopped, None
         if pid is not None and pid == self._pid():
-            with contextlib.suppress(ProcessLookupError):
+            with contextlib.suppress(OSError):
                 os.kill(pid, signal.SIGCONT)
 
     def latencies_ms(self) -> list[float]:
@@ -70,7 +70,7 @@ class Suspension:
         pid, since = self._pid(), time.monotonic_ns()
         if pid is None:
             return
-        with contextlib.suppress(ProcessLookupError):
+        with contextlib.suppress(OSError):
             self._lease.note_suspended()
             os.kill(pid, signal.SIGSTOP)
             self._stopped = pid
