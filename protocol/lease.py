@@ -88,6 +88,8 @@ class Lease:
         if self._block.magic != _MAGIC:
             raise PeerProtocolError("the shared segment is not a lease control block")
         self._semaphore = ctypes.c_void_p(ctypes.addressof(self._block) + _Block.semaphore.offset)
+        self.changed: Callable[[], None] = lambda: None
+        """Called in the HTTP process when requests in flight there, or the share, have changed."""
 
     @classmethod
     def create(cls) -> Lease:
@@ -128,6 +130,7 @@ class Lease:
         block.front_busy = num_requests
         if was and not num_requests:
             self._wake()
+        self.changed()
 
     def set_engine_busy(self, busy: bool) -> None:
         """Scheduler process only: whether any request waits or runs."""
@@ -144,6 +147,7 @@ class Lease:
     def set_share(self, share: float) -> None:
         """HTTP process only: the share, 0 to 1, of the time requests are in flight that the trainer may have."""
         self._block.share_ppm = round(share * 1e6)
+        self.changed()
 
     def note_suspended(self) -> None:
         """HTTP process only: the trainer is put aside where it is, before its next gate."""

@@ -50,7 +50,7 @@ class Front:
         """The launcher has made this run; called before SGLang starts."""
         self.run, self.lease, self.ledger = run, lease, ledger
         self.suspension = Suspension(lease)
-        self.pacing = apply_policy(run.load_config(), lease, self.suspension.update)
+        self.pacing = apply_policy(run.load_config(), lease)
 
     def keep_all(self) -> None:
         """The server is about to end without its event loop: write what is queued."""
@@ -125,17 +125,14 @@ class Front:
     @contextlib.contextmanager
     def _busy(self) -> Any:
         assert self.lease is not None
-        assert self.suspension is not None
         ticket = next(self._tickets)
         self._in_flight.add(ticket)
         self.lease.set_front_busy(len(self._in_flight))
-        self.suspension.update()
         try:
             yield
         finally:
             self._in_flight.discard(ticket)
             self.lease.set_front_busy(len(self._in_flight))
-            self.suspension.update()
 
     def _pace(self, obj: Any) -> contextlib.AbstractContextManager[Pace | None]:
         if self.pacing is None:

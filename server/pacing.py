@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from alchemist.protocol.lease import Lease
@@ -21,24 +21,20 @@ _MIN_TOKENS = 4
 """Gaps between tokens before their mean says something."""
 
 
-def apply_policy(
-    config: Config, lease: Lease, changed: Callable[[], None] = lambda: None
-) -> Pacing | None:
-    """Set the share the policy begins with; under `slo`, what will change it, and tells by `changed`."""
+def apply_policy(config: Config, lease: Lease) -> Pacing | None:
+    """Set the share the policy begins with; under `slo`, what will change it."""
     shares = {"share": config.lease_share, "none": 1.0}
     lease.set_share(shares.get(config.lease_policy, 0.0))
     if config.lease_policy != "slo":
         return None
-    return Pacing(lease, Targets(ttft_ms=config.slo_ttft_ms, tpot_ms=config.slo_tpot_ms), changed)
+    return Pacing(lease, Targets(ttft_ms=config.slo_ttft_ms, tpot_ms=config.slo_tpot_ms))
 
 
 class Pacing:
     """One event loop's requests. The only one who sets the share, from no share on."""
 
-    def __init__(
-        self, lease: Lease, targets: Targets, changed: Callable[[], None] = lambda: None
-    ) -> None:
-        self._lease, self._changed = lease, changed
+    def __init__(self, lease: Lease, targets: Targets) -> None:
+        self._lease = lease
         self.targets = targets
         self.share = 0.0
         self._recent: deque[Observation] = deque(maxlen=WINDOW)
@@ -66,7 +62,6 @@ class Pacing:
 
     def _write(self) -> None:
         self._lease.set_share(0.0 if self._slow else self.share)
-        self._changed()
 
 
 class Pace:

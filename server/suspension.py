@@ -30,12 +30,15 @@ AGAIN_S = 0.001
 
 
 class Suspension:
-    """One event loop's trainer."""
+    """One event loop's trainer; follows the lease by itself."""
 
     def __init__(self, lease: Lease) -> None:
         self._lease = lease
+        lease.changed = self._follow
         self._pid: Callable[[], int | None] = lambda: None
         self._stopped: int | None = None
+        self._since_ns: int | None = None
+        """When it was told to stand still; None: it does, or was not told."""
         self._latencies_ns: deque[int] = deque(maxlen=RING)
 
     def attach(self, pid: Callable[[], int | None]) -> None:
@@ -46,19 +49,12 @@ class Suspension:
         """
         self._pid = pid
 
-    def update(self) -> None:
-        """To be called when requests have come or gone, or the share has changed."""
-        lease = self._lease
-        if lease.front_busy and not lease.share:
-            if self._stopped is None and lease.state is TrainerState.RUNNING:
-                self._stop()
-        else:
-            self.end()
-
     def end(self) -> None:
         """The trainer goes on, if it was stopped here."""
         pid, self._stopped = self._stopped, None
         if pid is not None and pid == self._pid():
+            # One that was not seen to stand by now took at least as long.
+            self._note()
             with contextlib.suppress(OSError):
                 os.kill(pid, signal.SIGCONT)
 
@@ -66,22 +62,34 @@ class Suspension:
         """From a request's arrival until the trainer stood still, of the last times, unordered."""
         return [ns / 1e6 for ns in self._latencies_ns]
 
+    def _follow(self) -> None:
+        lease = self._lease
+        if not lease.front_busy or lease.share:
+            self.end()
+        elif self._stopped is None and lease.state is TrainerState.RUNNING:
+            self._stop()
+
     def _stop(self) -> None:
-        pid, since = self._pid(), time.monotonic_ns()
+        pid = self._pid()
         if pid is None:
             return
         with contextlib.suppress(OSError):
             self._lease.note_suspended()
+            since = time.monotonic_ns()
             os.kill(pid, signal.SIGSTOP)
-            self._stopped = pid
-            self._look(pid, since, LOOKS)
+            self._stopped, self._since_ns = pid, since
+            self._look(pid, LOOKS)
 
-    def _look(self, pid: int, since: int, times: int = 1) -> None:
+    def _look(self, pid: int, times: int = 1) -> None:
         """Note when all of its threads stand still: a thread in the middle of a write to disk takes a while."""
         for _ in range(times):
             with contextlib.suppress(ChildProcessError):
                 if os.waitid(os.P_PID, pid, os.WSTOPPED | os.WNOHANG) is not None:
-                    self._latencies_ns.append(time.monotonic_ns() - since)
-                    return
-        if pid == self._stopped:
-            asyncio.get_running_loop().call_later(AGAIN_S, self._look, pid, since)
+                    self._note()
+        if self._since_ns is not None and pid == self._stopped == self._pid():
+            asyncio.get_running_loop().call_later(AGAIN_S, self._look, pid)
+
+    def _note(self) -> None:
+        if self._since_ns is not None:
+            self._latencies_ns.append(time.monotonic_ns() - self._since_ns)
+            self._since_ns = None

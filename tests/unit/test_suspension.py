@@ -82,22 +82,23 @@ async def settle(condition):
     raise AssertionError("not within two seconds")
 
 
+async def stand(lease, suspension):
+    """A request comes, and the trainer stands still."""
+    lease.set_front_busy(1)
+    await settle(suspension.latencies_ms)
+    assert not goes_on(lease)
+
+
 def test_it_stands_still_from_the_first_request_to_the_last_answer(lease, child):
     suspension = suspension_of(lease, child)
 
     async def serve():
-        lease.set_front_busy(1)
-        suspension.update()
-        await settle(lambda: suspension.latencies_ms())
-        assert not goes_on(lease)
+        await stand(lease, suspension)
         assert is_stopped(child)
         lease.set_front_busy(2)
-        suspension.update()
         lease.set_front_busy(1)
-        suspension.update()
         assert not goes_on(lease)
         lease.set_front_busy(0)
-        suspension.update()
         wait_until(lambda: goes_on(lease))
 
     asyncio.run(serve())
@@ -107,21 +108,32 @@ def test_it_stands_still_from_the_first_request_to_the_last_answer(lease, child)
     json.dumps(status)
 
 
+def test_every_time_it_was_stopped_has_a_latency(lease, child):
+    """Also where the answer is there before the trainer was seen to stand."""
+    suspension = suspension_of(lease, child)
+
+    async def serve():
+        for _ in range(50):
+            lease.set_front_busy(1)
+            lease.set_front_busy(0)
+
+    asyncio.run(serve())
+    assert lease.num_suspended == len(suspension.latencies_ms()) == 50
+    wait_until(lambda: goes_on(lease))
+
+
 def test_with_a_share_it_goes_on_and_stands_when_the_share_is_taken(lease, child):
     suspension = suspension_of(lease, child)
 
     async def serve():
         lease.set_share(0.1)
         lease.set_front_busy(1)
-        suspension.update()
         assert goes_on(lease)
         assert not suspension.latencies_ms()
         lease.set_share(0.0)
-        suspension.update()
-        await settle(lambda: suspension.latencies_ms())
+        await settle(suspension.latencies_ms)
         assert not goes_on(lease)
         lease.set_share(0.02)
-        suspension.update()
         wait_until(lambda: goes_on(lease))
 
     asyncio.run(serve())
@@ -129,21 +141,20 @@ def test_with_a_share_it_goes_on_and_stands_when_the_share_is_taken(lease, child
 
 def test_only_a_trainer_at_work_is_stopped(lease, child):
     lease.advance(TrainerEvent.STEP_ENDED)
-    suspension = suspension_of(lease, child)
+    suspension_of(lease, child)
     lease.set_front_busy(1)
-    suspension.update()
     assert goes_on(lease)
     assert lease.num_suspended == 0
 
 
 def test_nothing_is_stopped_before_there_is_a_trainer_or_after_its_end(lease, child):
+    Suspension(lease)
     lease.set_front_busy(1)
-    Suspension(lease).update()
     assert goes_on(lease)
-    suspension = suspension_of(lease, child)
+    suspension_of(lease, child)
     child.kill()
     child.wait()
-    suspension.update()
+    lease.set_front_busy(2)
     assert lease.num_suspended == 0
 
 
@@ -151,25 +162,20 @@ def test_one_that_dies_while_it_stands_is_let_go(lease, child):
     suspension = suspension_of(lease, child)
 
     async def serve():
-        lease.set_front_busy(1)
-        suspension.update()
-        await settle(lambda: suspension.latencies_ms())
+        await stand(lease, suspension)
         child.kill()
         child.wait()
         lease.set_front_busy(0)
-        suspension.update()
 
     asyncio.run(serve())
-    assert child.returncode is not None
+    assert len(suspension.latencies_ms()) == 1
 
 
 def test_the_end_of_the_server_lets_it_go_on_so_that_it_can_end(lease, child):
     suspension = suspension_of(lease, child)
 
     async def serve():
-        lease.set_front_busy(1)
-        suspension.update()
-        await settle(lambda: suspension.latencies_ms())
+        await stand(lease, suspension)
         suspension.end()
         wait_until(lambda: goes_on(lease))
 
