@@ -35,6 +35,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 
 from bench_common import Run, progress
@@ -126,44 +127,59 @@ class Bench:
         """At which plain SGLang is saturated, in requests a second; 0: not measured."""
 
     def measure(self) -> None:
-        options = self._options
-        # slo's targets are only known when plain has been measured.
-        is_at_once = "slo" not in self._groups[0]
-        first = self._groups[0] if is_at_once else []
-        starts = self._starts if is_at_once else 1
-        found = Measured(["plain", *first], is_first=True, starts=starts)
         up: list[Target] = []
         try:
-            for start in range(starts):
-                Target.end(up)
-                up = [self._start(name) for name in ("plain", *first)]
-                if not start:
-                    # Slow to import: while the servers start.
-                    self._load = Load(options.model, options.input_len, options.output_len)
-                self._wait(up)
-                if not start:
-                    self._expected = up[0].greedy()
-                self._load.run(up[0].url, WARM_UP, math.inf, seed=-1 % 2**32)
-                if not start and (self._levels or self._run.wants("saturation_rate")):
-                    self._rate = self._saturation(up[0])
-                    report_saturation(self._run, self._rate)
-                if is_at_once:
-                    is_last = start == starts - 1
-                    self._measure_group(up, found, start, self._levels if is_last else [])
-            if is_at_once:
-                report_group(self._run, found, self._slo, burst=BURST)
-            for group in self._groups[is_at_once:]:
-                Target.end(up[1:])
-                del up[1:]
-                if "slo" in group and self._slo.is_open:
-                    self._slo = self._lone(up[0])
-                up += [self._start(name) for name in group]
-                self._wait(up)
-                found = Measured([target.name for target in up], is_first=not is_at_once, starts=1)
-                self._measure_group(up, found, 0, self._levels)
-                report_group(self._run, found, self._slo, burst=BURST)
+            for group in self._groups:
+                if group is self._groups[0] and "slo" not in group:
+                    self._measure_starts(up, group)
+                    continue
+                # slo's targets are only known when plain has been measured.
+                if not up:
+                    self._begin(up, [])
+                self._measure_beside(up, group)
         finally:
             Target.end(up)
+
+    def _measure_starts(self, up: list[Target], group: list[str]) -> None:
+        """Plain SGLang and a group, started together several times; the last of them stay `up`."""
+        found = Measured(["plain", *group], is_first=True, starts=self._starts)
+        for start in range(self._starts):
+            Target.end(up)
+            self._begin(up, group)
+            is_last = start == self._starts - 1
+            self._measure_group(up, found, start, self._levels if is_last else [])
+        report_group(self._run, found, self._slo, burst=BURST)
+
+    def _measure_beside(self, up: list[Target], group: list[str]) -> None:
+        """Another group beside the plain SGLang that is up."""
+        Target.end(up[1:])
+        if "slo" in group and self._slo.is_open:
+            self._slo = self._lone(up[0])
+        up[1:] = [self._start(name) for name in group]
+        self._wait(up)
+        is_first = group is self._groups[0]
+        found = Measured([target.name for target in up], is_first=is_first, starts=1)
+        self._measure_group(up, found, 0, self._levels)
+        report_group(self._run, found, self._slo, burst=BURST)
+
+    def _begin(self, up: list[Target], group: list[str]) -> None:
+        """Start plain SGLang and a group; of the first plain, what all others are measured by."""
+        is_first = not up
+        up[:] = [self._start(name) for name in ("plain", *group)]
+        load = self._load
+        self._wait(up)
+        load.run(up[0].url, WARM_UP, math.inf, seed=-1 % 2**32)
+        if not is_first:
+            return
+        self._expected = up[0].greedy()
+        if self._levels or self._run.wants("saturation_rate"):
+            self._rate = self._saturation(up[0])
+            report_saturation(self._run, self._rate)
+
+    @cached_property
+    def _load(self) -> Load:
+        # Slow to import: first asked for while the servers start.
+        return Load(self._options.model, self._options.input_len, self._options.output_len)
 
     @staticmethod
     def _wait(targets: list[Target]) -> None:

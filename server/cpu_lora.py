@@ -54,59 +54,51 @@ class Alone:
         return found
 
 
-class Adapters:
-    """The adapters of one LoRA manager that have been alone in a batch."""
+class CpuLora:
+    """Of one scheduler process: what its batches have in common."""
 
     def __init__(self) -> None:
         self._by_index: dict[int, Alone] = {}
-        self.now: Alone | None = None
+        self._now: Alone | None = None
         """Of the batch that is being computed; None: it has several, or none."""
 
-    def choose(self, manager: Any) -> None:
-        """Look at what `prepare_lora_batch` has made of the batch."""
-        info = manager.lora_backend.batch_info
-        self.now = None
-        if len(info.weight_indices_cpu) != 1:
+    def prepare_batch(self, original: Any, manager: Any, forward_batch: Any) -> None:
+        """AROUND `LoRAManager.prepare_lora_batch`."""
+        self._now = None
+        if manager.lora_backend.name != "torch_native":
+            original(manager, forward_batch)
             return
+        if not any(forward_batch.lora_ids):
+            # The layers' own sign for "base path only".
+            manager.reset_lora_batch()
+            return
+        original(manager, forward_batch)
+        info = manager.lora_backend.batch_info
+        if info.use_cuda_graph:
+            return
+        for name in ("weight_indices_cpu", "seg_lens_cpu", "lora_ranks_cpu"):
+            setattr(info, name, getattr(info, name).tolist())
+        # Elements with .item(), as the backend asks for.
+        info.scalings_cpu = info.scalings_cpu.numpy()
+        self._now = self._alone(manager, info)
+
+    def apply(self, original: Any, layer: Any, base_output: Tensor, x: Tensor) -> Tensor:
+        """AROUND `apply_lora` of a linear: adds the adapter to `base_output` [T, E], in place as SGLang does."""
+        if self._now is None:
+            result: Tensor = original(layer, base_output, x)
+            return result
+        a, w = self._now.of(layer)
+        return base_output.addmm_(x @ a, w, alpha=self._now.scaling)
+
+    def _alone(self, manager: Any, info: Any) -> Alone | None:
+        if len(info.weight_indices_cpu) != 1:
+            return None
         index = info.weight_indices_cpu[0]
         uid, rank = manager.memory_pool.buffer_id_to_uid[index], info.lora_ranks_cpu[index]
         if not isinstance(uid, str) or not rank:
-            return
+            return None
         known = self._by_index.get(index)
         if known is None or known.uid != uid:
             scaling = info.scalings_cpu[index].item()
             known = self._by_index[index] = Alone(uid, index, rank, scaling)
-        self.now = known
-
-
-def prepare_batch(original: Any, manager: Any, forward_batch: Any) -> None:
-    """AROUND `LoRAManager.prepare_lora_batch`."""
-    backend = manager.lora_backend
-    if backend.name != "torch_native":
-        original(manager, forward_batch)
-        return
-    if not any(forward_batch.lora_ids):
-        # The layers' own sign for "base path only".
-        manager.reset_lora_batch()
-        return
-    original(manager, forward_batch)
-    info = backend.batch_info
-    if info.use_cuda_graph:
-        return
-    for name in ("weight_indices_cpu", "seg_lens_cpu", "lora_ranks_cpu"):
-        setattr(info, name, getattr(info, name).tolist())
-    # Elements with .item(), as the backend asks for.
-    info.scalings_cpu = info.scalings_cpu.numpy()
-    if not hasattr(backend, "alchemist_adapters"):
-        backend.alchemist_adapters = Adapters()
-    backend.alchemist_adapters.choose(manager)
-
-
-def apply(original: Any, layer: Any, base_output: Tensor, x: Tensor) -> Tensor:
-    """AROUND `apply_lora` of a linear: adds the adapter to `base_output` [T, E], in place as SGLang does."""
-    adapters = getattr(layer.lora_backend, "alchemist_adapters", None)
-    if adapters is None or adapters.now is None:
-        result: Tensor = original(layer, base_output, x)
-        return result
-    a, w = adapters.now.of(layer)
-    return base_output.addmm_(x @ a, w, alpha=adapters.now.scaling)
+        return known

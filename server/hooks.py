@@ -96,10 +96,11 @@ def scheduler_hooks(engine: Engine) -> list[Hook]:
     ]
     if not torch.cuda.is_available():
         # Adapters on a machine without a GPU, at a price that small models can pay.
+        lora = cpu_lora.CpuLora()
         manager = f"{_S}.lora.lora_manager.LoRAManager"
-        hooks.append(Hook(f"{manager}.prepare_lora_batch", "AROUND", cpu_lora.prepare_batch))
+        hooks.append(Hook(f"{manager}.prepare_lora_batch", "AROUND", lora.prepare_batch))
         hooks += [
-            Hook(f"{_S}.lora.layers.{name}.apply_lora", "AROUND", cpu_lora.apply)
+            Hook(f"{_S}.lora.layers.{name}.apply_lora", "AROUND", lora.apply)
             for name in cpu_lora.LINEARS
         ]
     return hooks

@@ -214,6 +214,20 @@ def naive_loss(
     return total
 
 
+def branching_samples(count: int, own: int) -> list[Sample]:
+    """Completions of four tokens, liked and disliked in turn, on prompts that share nine tokens and add `own` each."""
+    generator = torch.Generator().manual_seed(0)
+
+    def ids(n: int) -> list[int]:
+        return torch.randint(0, VOCAB, (n,), generator=generator).tolist()
+
+    head = ids(9)
+    return [
+        Sample(prompt_ids=head + ids(own), response_ids=ids(4), label=i % 2 == 0)
+        for i in range(count)
+    ]
+
+
 class Recorder:
     """Fills an `ActivationView` from transformers' own activations, at shuffled rows and slots: half of the rows in the
     KV pool, half on the host.

@@ -12,8 +12,8 @@ Grouped heads share a matrix product; keys are never repeated.
 On a GPU (`triton.py`) a flash forward gives output and log-sum-exp, and a flash backward works from
 (q, k, v, output, log-sum-exp). With a recorded output, the log-sum-exp is recomputed from q and k
 alone: half a forward. SGLang's attention backends have it, where they do, inside one call, and do
-not hand it out with our models. Gradients of k and v are summed by the program that owns the key tile, in a
-fixed order, without atomics (`packing.py`).
+not hand it out with our models. Gradients of k and v are summed by the program that owns the key
+tile, in a fixed order, without atomics (`packing.py`).
 
 What else there is, and why not:
  * `aten._flash_attention_backward`: varlen and grouped heads, but every branch needs its own copy of

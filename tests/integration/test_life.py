@@ -59,9 +59,11 @@ def first(data_dir):
     server.process.send_signal(signal.SIGTERM)
 
     refused = wait_for(lambda: refusal(server), 8, "503")
-    status = server.stop()
     for stream in (short, endless):
         stream.wait()
+    # No second signal before its end: that would abort the short answer, too.
+    server.process.wait(60)
+    status = server.stop()
     return server, footprint, status, refused, short, endless, promised
 
 

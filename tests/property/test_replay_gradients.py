@@ -6,8 +6,8 @@ import pytest
 import torch
 from engine_support import (
     FAMILIES,
-    VOCAB,
     Recorder,
+    branching_samples,
     engine_of,
     naive_step,
     random_adapter,
@@ -122,18 +122,6 @@ def test_any_tree_any_mask_any_objective(family, data):
     compare(model, samples, adapter, objective, masks, LIMITS[torch.float64], max_tokens)
 
 
-def fixed_samples():
-    generator = torch.Generator().manual_seed(0)
-
-    def ids(n):
-        return torch.randint(0, VOCAB, (n,), generator=generator).tolist()
-
-    head = ids(9)
-    return [
-        Sample(prompt_ids=head + ids(3), response_ids=ids(4), label=i % 2 == 0) for i in range(3)
-    ]
-
-
 @pytest.mark.parametrize("dtype", LIMITS, ids=str)
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize(
@@ -142,7 +130,7 @@ def fixed_samples():
 @pytest.mark.parametrize("family", FAMILIES)
 def test_all_none_and_half_recorded(family, objective, share, dtype):
     model = random_model(family, dtype)
-    samples = fixed_samples()
+    samples = branching_samples(3, own=3)
     adapter = random_adapter(engine_of(model).shape, dtype, 3)
     generator = torch.Generator().manual_seed(1)
     masks = [torch.rand(len(s.prompt_ids), generator=generator) < share for s in samples]

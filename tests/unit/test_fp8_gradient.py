@@ -4,10 +4,17 @@ import dataclasses
 
 import pytest
 import torch
-from engine_support import FAMILIES, VOCAB, Recorder, engine_of, random_adapter, random_model
+from engine_support import (
+    FAMILIES,
+    Recorder,
+    branching_samples,
+    engine_of,
+    random_adapter,
+    random_model,
+)
 
 from alchemist.kernels import fp8_rows
-from alchemist.trainer.step import Objective, Sample
+from alchemist.trainer.step import Objective
 
 DTYPES = [torch.float32, torch.bfloat16]
 OBJECTIVE = Objective(name="kto", beta=0.4)
@@ -46,18 +53,6 @@ def off_by_the_bound(seed):
     return change
 
 
-def samples():
-    generator = torch.Generator().manual_seed(0)
-
-    def ids(n):
-        return torch.randint(0, VOCAB, (n,), generator=generator).tolist()
-
-    head = ids(9)
-    return [
-        Sample(prompt_ids=head + ids(8), response_ids=ids(4), label=i % 2 == 0) for i in range(4)
-    ]
-
-
 class Bench:
     """One model and its completions, and steps over their rows however these are stored."""
 
@@ -69,7 +64,7 @@ class Bench:
     def step(self, recorder, *, with_heads=False, as_on_gpu=False):
         """A step over recorded prompts; `with_heads`: the last token of each, which predicts, is among them."""
         taken = []
-        for sample in samples():
+        for sample in branching_samples(4, own=8):
             mask = torch.ones(len(sample.prompt_ids), dtype=torch.bool)
             mask[-1] = with_heads
             rows = recorder.record(self.model, self.adapter, sample.prompt_ids, mask)
