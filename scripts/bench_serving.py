@@ -12,7 +12,8 @@ five: plain SGLang stays up, and the rest comes in two groups, each compared wit
     idle        the same while training: a backlog of votes, lease policy idle
 
     share       training, lease policy share: at least --share of the time
-    slo         training, lease policy slo: five times a lone request's TTFT and TPOT, unless targets are given
+    slo         training, lease policy slo: one and a half times what plain SGLang keeps in 99 of 100 requests at half
+                load, unless targets are given
     none        training without a lease: how bad it is otherwise
 
 The first group is started --starts times, plain SGLang too: two servers that do the same differ by some percent for as
@@ -39,8 +40,8 @@ from functools import cached_property
 from pathlib import Path
 
 from bench_common import Run, progress
-from serving_load import Load, Timing
-from serving_report import Measured, Slo, report_group, report_saturation
+from serving_load import Load
+from serving_report import Measured, Slo, quantile, report_group, report_saturation
 from serving_servers import ALCHEMIST, PLAIN, ROOT, Backlog, Target
 
 from alchemist.server.main import TINY_MODEL
@@ -55,8 +56,14 @@ BURST = 8
 """Requests at once where throughput is measured."""
 SATURATING = 32
 """Requests at once where the saturation rate is measured: twice what runs together."""
-SLO_SCALE = 5.0
-"""Targets of slo, in times of what a lone request takes."""
+SLO_ROOM = 1.5
+"""Targets of slo, in times of plain SGLang's p99 at half load: of a target that serving alone misses nothing is left
+for training.
+"""
+TARGET_TURNS = 20
+"""Turns of plain SGLang by which they are found."""
+SETTLING = 160
+"""Requests at half load with which slo's share settles before it is measured."""
 
 
 def main() -> None:
@@ -154,7 +161,7 @@ class Bench:
         """Another group beside the plain SGLang that is up."""
         Target.end(up[1:])
         if "slo" in group and self._slo.is_open:
-            self._slo = self._lone(up[0])
+            self._slo = self._targets(up[0])
         up[1:] = [self._start(name) for name in group]
         self._wait(up)
         is_first = group is self._groups[0]
@@ -172,7 +179,8 @@ class Bench:
         if not is_first:
             return
         self._expected = up[0].greedy()
-        if self._levels or self._run.wants("saturation_rate"):
+        has_slo = any("slo" in group for group in self._groups)
+        if self._levels or has_slo or self._run.wants("saturation_rate"):
             self._rate = self._saturation(up[0])
             report_saturation(self._run, self._rate)
 
@@ -211,15 +219,16 @@ class Bench:
             rates.append(SATURATING / (time.monotonic() - started))
         return statistics.median(rates)
 
-    def _lone(self, plain: Target) -> Slo:
-        """The targets: a multiple of the medians of requests that meet no other."""
-        timings: list[Timing] = []
-        for i in progress(range(20), "one request at a time"):
-            timings += self._load.run(plain.url, 1, math.inf, seed=2 * 10**6 + i)
-        return Slo(
-            SLO_SCALE * statistics.median(timing.ttft for timing in timings),
-            SLO_SCALE * statistics.median(timing.tpot for timing in timings),
+    def _targets(self, plain: Target) -> Slo:
+        turns = [
+            self._load.run(plain.url, self._options.level_requests, self._rate / 2, 2 * 10**6 + i)
+            for i in progress(range(TARGET_TURNS), "finding slo's targets")
+        ]
+        ttft, tpot = (
+            [[getattr(timing, what) for timing in turn] for turn in turns]
+            for what in ("ttft", "tpot")
         )
+        return Slo(SLO_ROOM * quantile(ttft, 0.99), SLO_ROOM * quantile(tpot, 0.99))
 
     def _measure_group(
         self, targets: list[Target], found: Measured, start: int, at_levels: Sequence[int]
@@ -235,6 +244,10 @@ class Bench:
                 target.backlog.measure_alone(3 if self._options.quick else 12)
         for target in progress(targets, "warm-up"):
             self._load.run(target.url, WARM_UP, math.inf, seed=-1 % 2**32)
+            if target.name == "slo" and target.backlog is not None:
+                target.backlog.start()
+                self._load.run(target.url, SETTLING, self._rate / 2, seed=3 * 10**6)
+                target.backlog.stop()
         options = self._options
         if self._has_base:
             plan = _rotated(targets, self._rounds, first=start * self._rounds)
