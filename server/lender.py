@@ -66,8 +66,8 @@ class Lender:
 
         Args:
             arrivals: brings what is on the device.
-            give_back: called with how many slots are needed and how many would be welcome; returns borrowed ones,
-                in whole pages: as many as are needed, or all. May not wait.
+            give_back: called with how many slots are needed and how many would be welcome; returns borrowed pages:
+                as many as are needed, or all. May not wait.
             on_free: called with slots before they are freed.
             on_clear: called before all slots are freed, lent ones too.
         """
@@ -187,9 +187,8 @@ class Lender:
         self._is_lent[known] = True
         found((known[:, None] * self.page_size + np.arange(self.page_size)).reshape(-1))
 
-    def give(self, slots: np.ndarray) -> None:
-        """Slots come back, in whole pages."""
-        pages = slots[:: self.page_size] // self.page_size
+    def give(self, pages: np.ndarray) -> None:
+        """Pages come back."""
         self._is_lent[pages] = False
         free_pages = self._allocator.free_pages
         self._return(to_device(pages, free_pages.device).to(free_pages.dtype))
@@ -229,9 +228,10 @@ class Lender:
             short -= len(underway)
         if short <= 0:
             return
-        slots = self._give_back(short * self.page_size, MIN_RECLAIM_SLOTS)
-        if not slots.size:
+        pages = self._give_back(short * self.page_size, MIN_RECLAIM_SLOTS)
+        if not pages.size:
             return
-        self.give(slots)
-        self.num_reclaimed += slots.size
-        self.reclaims.append((int(slots.size), time.perf_counter() - started))
+        self.give(pages)
+        seconds, num_slots = time.perf_counter() - started, pages.size * self.page_size
+        self.num_reclaimed += num_slots
+        self.reclaims.append((num_slots, seconds))

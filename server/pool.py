@@ -27,8 +27,8 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from functools import partial
-from typing import Any, NamedTuple
+from functools import partial, wraps
+from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar
 
 import numpy as np
 import torch
@@ -43,8 +43,13 @@ from alchemist.server.arrivals import Arrivals
 from alchemist.server.gpu_tier import MAX_COPIES, GpuTier
 from alchemist.server.ids import Ids, IdStack
 from alchemist.server.lender import Lender
+from alchemist.server.line import Line
 from alchemist.server.tiers import DeviceTier, HostTier
 
+P = ParamSpec("P")
+T = TypeVar("T")
+READY_SLOTS = 4096
+"""That serving may want at a time without a search for them; more than a prefill has."""
 STOCK = 16384
 """Rows with borrowed slots to be kept in hand on a GPU, where borrowing takes a moment: a large prefill's."""
 
@@ -57,6 +62,44 @@ def _next_states(event: RowEvent) -> np.ndarray:
 
 
 _NEXT = {event: _next_states(event) for event in RowEvent}
+
+
+class Ready:
+    """Rows whose slots serving gets next, the first one first: spare ones, those with a copy, those without."""
+
+    def __init__(self, rows: Ids, pages: Ids, *, num_spare: int, num_free: int) -> None:
+        """Args:
+        rows: [n] on the device; nobody reads them.
+        pages: [n, pages of a row].
+        num_free: rows at the beginning by which nothing is lost.
+        """
+        self.rows, self._pages = rows, pages
+        self.num_spare, self._num_free = num_spare, num_free
+        self.num_taken = 0
+
+    @property
+    def num_left(self) -> int:
+        return self.rows.size - self.num_taken
+
+    def take(self, count: int, more: int) -> tuple[Ids, Ids]:
+        """`count` rows, or up to `more` if nothing is lost by it, and their pages."""
+        first = self.num_taken
+        self.num_taken += max(count, min(more, self._num_free - first))
+        part = slice(first, self.num_taken)
+        return self.rows[part], self._pages[part].reshape(-1)
+
+
+def caught_up(
+    method: Callable[Concatenate[ActivationPool, P], T],
+) -> Callable[Concatenate[ActivationPool, P], T]:
+    """A method of the pool before which its tables are brought up to date: see `_catch_up`."""
+
+    @wraps(method)
+    def wrapped(pool: ActivationPool, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        pool._catch_up()
+        return method(pool, *args, **kwargs)
+
+    return wrapped
 
 
 class CheckedOut(NamedTuple):
@@ -132,8 +175,11 @@ class ActivationPool:
         self._record_of_host = np.full(num_host_rows, -1)
         self._free_records = IdStack(np.arange(num_records))
         self._free_host = IdStack(np.arange(num_host_rows))
-        self._line = self._line_gens = np.arange(0)
-        """Device rows to be given up, the first one first, and their generations when they were lined up."""
+        self._line, self._copied_line = (Line(self.gens, num_device_rows) for _ in range(2))
+        """All device rows, those worth least first, and those that have a copy: by their value when they were last
+        lined up, and after them, as they came.
+        """
+        self._ready: Ready | None = None
         self._to_hedge: deque[tuple[Ids, Ids]] = deque()
         self.answers = Answers(self._gen)
         self._prior = self.answers.delays.prior
@@ -188,20 +234,27 @@ class ActivationPool:
         for table in (self.state, self._refs, self.answers.wants):
             table.fill(0)
         self._to_hedge.clear()
-        self._line = self._line[:0]
+        self._ready = None
+        nobody = np.empty(0, np.int64)
+        self._line.reset(nobody)
+        self._copied_line.reset(nobody)
         self.arrivals.forget()
         self._lender.give_all()
 
     # On a GPU
 
     def settle(self, *, wait: bool = False) -> None:
-        """Do what waits for the device, as far as it has come; with `wait`, all of it. To be called once a loop."""
+        """Be ready for what serving does next. On a GPU, do what waits for the device, as far as it has come; with
+        `wait`, all of it. To be called once a loop.
+        """
         if isinstance(self.device, GpuTier):
+            self._catch_up()
             self._restock()
             self.device.finish_copies()
             while wait and self.device.num_copies:
                 self.device.finish_copies(wait=True)
             self.arrivals.settle(wait=wait)
+        self._prepare()
 
     @property
     def is_settled(self) -> bool:
@@ -225,6 +278,7 @@ class ActivationPool:
 
     # Recording
 
+    @caught_up
     def record(
         self, slots: torch.Tensor, positions: torch.Tensor, *, is_graph: bool = False
     ) -> Ids:
@@ -257,6 +311,7 @@ class ActivationPool:
         self._cost[records], self._value[records] = cost[:total], value[:total]
         mine, theirs = records[:count], records[count:]
         self._record_of_device[rows[:count]], self._device[mine] = mine, rows[:count]
+        self._line.append(rows[:count])
         self._record_of_host[rows[count:]], self._host[theirs] = theirs, rows[count:]
         rows[count:] += self.num_device_rows
         self._change(mine, RowEvent.RECORD)
@@ -320,6 +375,7 @@ class ActivationPool:
         if slots.numel():
             self.arrivals.then((slots,), self._end_slots)
 
+    @caught_up
     def _end_slots(self, slots: torch.Tensor) -> None:
         index = slots.numpy()
         page = self._lender.page_size
@@ -343,6 +399,7 @@ class ActivationPool:
     def clear(self) -> None:
         """The KV pool is flushed and every loan with it: rows live on on the host only, where they are wanted."""
         self.settle(wait=True)
+        self._catch_up()
         held = self._slot[self._slot >= 0]
         if held.size:
             self._end_slots(torch.from_numpy(held))
@@ -351,23 +408,49 @@ class ActivationPool:
     # Lending
 
     def give_back(self, need: int, welcome: int) -> Ids:
-        """`need` borrowed slots, or all, and up to `welcome` if no row is lost by it: whole rows'."""
-        size, spare = self.layout.slots_per_row, self.device.spare
-        more = -(-max(need, welcome) // size)
-        if more > len(spare):
+        """Pages of `need` borrowed slots, or all, and up to `welcome` if no row is lost by it: whole rows'."""
+        size = self.layout.slots_per_row
+        count, more = -(-need // size), -(-max(need, welcome) // size)
+        if self._ready is None or count > self._ready.num_left:
+            self._catch_up()
+            spare = self.device.spare
             self._evict(more - len(spare), only_copied=True)
-        count = -(-need // size)
-        if count > len(spare):
             self._evict(count - len(spare), only_copied=False)
-        return self.device.give_back(more)
+            return self.device.give_back(more)
+        rows, pages = self._ready.take(count, more)
+        # A reader of what serving writes there next sees that the row has ended; the tables can wait.
+        self.gens[rows] += 1
+        return pages
+
+    def _prepare(self) -> None:
+        """Choose the rows that serving gets next if it wants slots, so that it need not wait for that."""
+        if self._ready is not None or not self._lender.num_lent or self._lender.has_plenty:
+            return
+        room = READY_SLOTS // self.layout.slots_per_row
+        spare = self.device.spare.all()[::-1][:room]
+        copied = self._copied_line.peek(room - spare.size, self._is_copied)
+        lone = self._line.peek(room - spare.size - copied.size, self._is_lone)
+        rows = np.concatenate((spare, copied, lone))
+        num_free = spare.size + copied.size
+        self._ready = Ready(rows, self.device.pages(rows), num_spare=spare.size, num_free=num_free)
+
+    def _catch_up(self) -> None:
+        """Enter into the tables what serving has taken of the rows that were ready."""
+        ready, self._ready = self._ready, None
+        if ready is None or not ready.num_taken:
+            return
+        # They are the uppermost.
+        self.device.give_back(min(ready.num_taken, ready.num_spare))
+        rows = ready.rows[ready.num_spare : ready.num_taken]
+        self._reclaim(self._record_of_device[rows])
+        self.device.give_back(rows.size)
 
     def _provide(self, count: int) -> int:
         """Have spare rows for `count` tokens; for how many there are."""
         if not self.arrivals.is_deferred:
             self.device.borrow(count)
         if count > len(self.device.spare):
-            # A few more than asked for, so that the search is not repeated for every request.
-            missing = max(count - len(self.device.spare), self.num_device_rows // 16)
+            missing = count - len(self.device.spare)
             self._evict(missing, only_copied=self.num_host_rows > 0, only_unread=True)
         return min(count, len(self.device.spare))
 
@@ -379,42 +462,37 @@ class ActivationPool:
 
     def _evict(self, count: int, only_copied: bool, only_unread: bool = False) -> None:
         """End the device places of up to `count` rows, the least valuable first, those being read last."""
-        count -= self._evict_lined_up(count)
-        if count <= 0:
+        rows = self._copied_line.peek(count, self._is_copied)
+        if not only_copied:
+            rows = np.concatenate((rows, self._line.peek(count - rows.size, self._is_lone)))
+        self._reclaim(self._record_of_device[rows])
+        if only_copied or only_unread or count <= rows.size:
             return
         records = self._record_of_device[self._record_of_device >= 0]
-        if only_copied:
-            records = records[self._host[records] >= 0]
-        read = self._refs[records] > 0
-        if only_unread:
-            records, read = records[~read], read[~read]
-        if count < records.size:
-            key = self._value[records] + 1e9 * (self._host[records] < 0)
-            key[read] += 1e12
-            records = records[np.argpartition(key, count - 1)[:count]]
+        key = self._value[records] + 1e9 * (self._host[records] < 0)
+        self._reclaim(records[np.argsort(key)[: count - rows.size]])
+
+    def _is_copied(self, rows: Ids) -> np.ndarray:
+        """Of device rows in use: whether they have a copy, and nobody reads them."""
+        records = self._record_of_device[rows]
+        found: np.ndarray = (self._host[records] >= 0) & (self._refs[records] == 0)
+        return found
+
+    def _is_lone(self, rows: Ids) -> np.ndarray:
+        """The same of those that have none."""
+        records = self._record_of_device[rows]
+        found: np.ndarray = (self._host[records] < 0) & (self._refs[records] == 0)
+        return found
+
+    def _reclaim(self, records: Ids) -> None:
         self.num_dropped += int((self._host[records] < 0).sum())
         self._change(records, RowEvent.RECLAIM)
 
-    def _evict_lined_up(self, count: int) -> int:
-        """End the device places of the next rows of the line, `count` if it has so many; of how many."""
-        done = 0
-        while done < count and self._line.size:
-            rows, gens = self._line[: count - done], self._line_gens[: count - done]
-            self._line, self._line_gens = self._line[rows.size :], self._line_gens[rows.size :]
-            records = self._record_of_device[rows[self.gens[rows] == gens]]
-            fit = (self._host[records] >= 0) & (self._refs[records] == 0)
-            self._change(records[fit], RowEvent.RECLAIM)
-            done += int(fit.sum())
-        return done
-
     def _line_up(self) -> None:
-        """Put the rows that have a copy in the order in which they shall go, so that nothing has to be searched for
-        when serving wants its slots back.
-        """
         records = self._record_of_device[self._record_of_device >= 0]
-        records = records[self._host[records] >= 0]
-        self._line = self._device[records[np.argsort(self._value[records])]]
-        self._line_gens = self.gens[self._line]
+        records = records[np.argsort(self._value[records])]
+        self._line.reset(self._device[records])
+        self._copied_line.reset(self._device[records[self._host[records] >= 0]])
 
     # Hedging
 
@@ -423,6 +501,7 @@ class ActivationPool:
         """Rows that wait for their copy; some may have ended meanwhile."""
         return sum(records.size for records, _ in self._to_hedge)
 
+    @caught_up
     def hedge(self, max_rows: int) -> int:
         """Copy up to `max_rows` rows, with keys and values, to the host; how many. Recorded values must be in place."""
         if isinstance(self.device, GpuTier) and self.device.num_copies >= MAX_COPIES:
@@ -465,6 +544,7 @@ class ActivationPool:
         self._host[records], self._record_of_host[to] = to, records
         self._change(records, RowEvent.HEDGE)
         self.num_hedged += records.size
+        self._copied_line.append(self._device[records])
         if not self._to_hedge:
             self._line_up()
 
@@ -479,6 +559,7 @@ class ActivationPool:
 
     # Answers
 
+    @caught_up
     def finish(self, rid: str, slots: torch.Tensor, length: int, now: float) -> None:
         """A request has ended. It may be voted on from now on.
 
@@ -499,6 +580,7 @@ class ActivationPool:
         """The completion's vote was trained."""
         self.answers.consumed(rid)
 
+    @caught_up
     def forget(self, rid: str, now: float) -> None:
         """Do not keep rows for the completion any longer."""
         self._unwanted(self.answers.drop(rid, now))
@@ -508,6 +590,7 @@ class ActivationPool:
         still = (self.answers.wants[records] == 0) & (self.state[records] != RowState.FREE)
         self._change(np.unique(records[still]), RowEvent.UNWANTED)
 
+    @caught_up
     def appraise(self, now: float) -> None:
         """Bring the rows' values up to date; what `lru` needs is kept as rows are used."""
         self._prior = self.answers.delays.prior
@@ -517,10 +600,12 @@ class ActivationPool:
 
     # Reading
 
+    @caught_up
     def num_held(self, rid: str, slots: torch.Tensor, length: int) -> int:
         """How many of a prompt's tokens have a row now; `slots`: of its cached prefix."""
         return int((self._find(rid, slots, length) >= 0).sum())
 
+    @caught_up
     def check_out(self, rid: str, slots: torch.Tensor, length: int) -> CheckedOut:
         """Where the tokens of a completion's prompt are recorded: by the KV cache, else as the completion left them.
         They are not taken for newer rows until `check_in`; serving may still take their slots.
@@ -535,6 +620,7 @@ class ActivationPool:
         if self._eviction == "lru":
             self._tick += 1
             self._value[held] = self._tick
+            self._line_up()
         device = np.where(records >= 0, self._device[records], -1)
         host = np.where(records >= 0, self._host[records], -1)
         host = np.where(host >= 0, host + self.num_device_rows, -1)
@@ -598,6 +684,7 @@ class ActivationPool:
 
     # Figures
 
+    @caught_up
     def stats(self) -> dict[str, Any]:
         """Counts for metrics: rows by state, backlog, losses, and how long serving waited for its slots."""
         counts = np.bincount(self.state, minlength=len(RowState))
@@ -620,6 +707,7 @@ class ActivationPool:
             "tokens_voted_held": self.answers.num_voted_held,
         }
 
+    @caught_up
     def check_integrity(self) -> None:
         """Recompute every derived set from scratch; AssertionError names what does not agree."""
         used = self.state != RowState.FREE

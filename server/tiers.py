@@ -59,7 +59,7 @@ class DeviceTier:
         size = self.layout.slots_per_row
         found = slots.size // size
         if slots.size > found * size:
-            self._lender.give(slots[found * size :])
+            self._lender.give(self._pages(slots[found * size :]))
         rows = self._without_slots.pop(found)
         self.cells[rows] = slots[: found * size].reshape(found, size)
         self.spare.push(rows)
@@ -82,11 +82,19 @@ class DeviceTier:
         return self.spare.pop(count)
 
     def give_back(self, count: int) -> Ids:
-        """The slots of up to `count` spare rows, which have none then."""
+        """The pages of up to `count` spare rows, which have no slots then."""
         rows = self.spare.pop(min(count, len(self.spare)))
         self._without_slots.push(rows)
-        slots: Ids = self.cells[rows].reshape(-1)
-        return slots
+        return self.pages(rows).reshape(-1)
+
+    def pages(self, rows: Ids) -> Ids:
+        """Of rows with slots, [n, pages of a row]."""
+        return self._pages(self.cells[rows])
+
+    def _pages(self, slots: Ids) -> Ids:
+        """Of whole pages' slots [..., n]."""
+        size = self._lender.page_size
+        return slots[..., ::size] // size
 
     def check_integrity(self, held: Ids) -> None:
         """AssertionError unless `held` and the rest are all rows, and borrowed slots are borrowed once."""

@@ -47,6 +47,8 @@ class PoolMachine(RuleBasedStateMachine):
 
     @rule(count=st.integers(1, 12))
     def prefill(self, count):
+        # Once a loop.
+        self.pool.settle()
         free = self.allocator.available_size()
         slots = self.world.serve(count)
         # A loan is never felt.
@@ -54,6 +56,15 @@ class PoolMachine(RuleBasedStateMachine):
         if slots is not None:
             self.owned.append(slots)
             self.content.update(self.world.record(slots))
+
+    @rule(times=st.integers(1, 8))
+    def decode(self, times):
+        """Tokens that are not recorded; the loop goes on between them, or does not."""
+        self.pool.settle()
+        for _ in range(times):
+            slots = self.world.serve(1)
+            if slots is not None:
+                self.owned.append(slots)
 
     @rule(data=st.data())
     def finish(self, data):

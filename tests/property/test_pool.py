@@ -204,3 +204,59 @@ def test_every_state_and_event_is_listed_or_cannot_happen(state, event):
     if event in (RowEvent.SLOT_FREED, RowEvent.SLOT_LOST):
         assert after not in on_device
         assert (after is RowState.DETACHED) == (event is RowEvent.SLOT_LOST and state in on_host)
+
+
+NEXT = {
+    "record": lambda world, slots: world.record(slots[:2]),
+    "free": lambda world, slots: world.allocator.free(slots),
+    "free_one": lambda world, slots: world.allocator.free(slots[-1:]),
+    "flush": lambda world, slots: world.allocator.clear(),
+    "hedge": lambda world, slots: world.pool.hedge(8),
+    "finish": lambda world, slots: world.pool.finish("b", slots, 4, 2.0),
+    "forget": lambda world, slots: world.pool.forget("a", 2.0),
+    "appraise": lambda world, slots: world.pool.appraise(5.0),
+    "serve_all": lambda world, slots: world.serve(world.allocator.available_size()),
+    "num_held": lambda world, slots: world.pool.num_held("a", slots, 4),
+    "check_out": lambda world, slots: world.pool.check_out("a", slots, 4).rows.tolist(),
+    "stats": lambda world, slots: counts(world),
+}
+
+
+def counts(world: World) -> dict:
+    return {k: v for k, v in world.pool.stats().items() if k != "reclaim_p99_us_per_1000"}
+
+
+@pytest.mark.parametrize("num_taken", [1, 7, 13, 20])
+@pytest.mark.parametrize("what", NEXT)
+def test_what_was_ready_is_as_if_it_had_been_taken_row_by_row(what, num_taken):
+    """Tokens 0 and 1 have a copy; one row has slots and no token. The loop has made them ready, or has not."""
+    seen = []
+    for is_ready in (False, True):
+        world = World(host_rows=6)
+        slots = world.serve(4)
+        world.record(slots)
+        world.pool.finish("a", slots, 4, 0.0)
+        assert world.pool.hedge(2) == 2
+        out = world.pool.check_out("a", slots, 4)
+        world.pool.check_in(out.ticket)
+        spare = world.serve(1)
+        world.record(spare)
+        world.allocator.free(spare)
+        world.serve(len(world.allocator.free_pages))
+        if is_ready:
+            world.pool.settle()
+        else:
+            world.pool.appraise(0.0)
+        taken = [world.serve(1) for _ in range(num_taken)]
+        assert None not in taken
+        # A reader is told at once.
+        ended = (world.pool.gens[out.rows] != out.gens).tolist()
+        result = NEXT[what](world, slots)
+        world.pool.settle()
+        served = world.serve(2) is not None
+        world.pool.check_integrity()
+        held = as_recorded(world.pool.check_out("a", slots[:0], 4))
+        left = world.allocator.available_size()
+        told = (ended, str(result), served, left, counts(world), held.rows.tolist())
+        seen.append((*told, world.read(held)))
+    assert seen[0] == seen[1]

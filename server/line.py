@@ -1,0 +1,67 @@
+"""Rows on the device in the order in which serving takes their slots back: nothing is searched for when it does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from alchemist.server.ids import Ids
+
+_WINDOW = 64
+"""Entries looked at in one go: most have not ended."""
+
+
+class Line:
+    """A queue of rows. A row leaves it by ending: its generation is another one then, and it is passed over."""
+
+    def __init__(self, gens: Ids, num_rows: int) -> None:
+        """Args:
+        gens: the generation of each row, now and later; read only.
+        """
+        self._gens = gens
+        self._rows = self._were = np.empty(0, np.int64)
+        self._first = self._end = 0
+        self._last = np.full(num_rows, -1)
+        """By row: with which generation it came here last."""
+
+    def append(self, rows: Ids) -> None:
+        """Rows that are in the line stay where they are."""
+        rows = rows[self._last[rows] != self._gens[rows]]
+        end = self._end + rows.size
+        if end > self._rows.size:
+            waiting = self._rows[self._first : self._end]
+            alive = self._gens[waiting] == self._were[self._first : self._end]
+            self.reset(np.concatenate((waiting[alive], rows)))
+            return
+        self._rows[self._end : end] = rows
+        self._were[self._end : end] = self._last[rows] = self._gens[rows]
+        self._end = end
+
+    def reset(self, rows: Ids) -> None:
+        """These rows and no others, the first one first."""
+        self._rows, self._were = np.empty((2, 2 * rows.size + _WINDOW), np.int64)
+        self._last.fill(-1)
+        self._rows[: rows.size] = rows
+        self._were[: rows.size] = self._last[rows] = self._gens[rows]
+        self._first, self._end = 0, rows.size
+
+    def peek(self, count: int, fits: Callable[[Ids], np.ndarray]) -> Ids:
+        """The next rows that fit, at most `count`.
+
+        Args:
+            fits: rows [n] → bool [n].
+        """
+        found: list[Ids] = []
+        at = self._first
+        while count > 0 and at < self._end:
+            stop = min(self._end, at + max(count, _WINDOW))
+            rows = self._rows[at:stop]
+            rows = rows[self._gens[rows] == self._were[at:stop]]
+            if not rows.size and at == self._first:
+                self._first = stop
+            fit = rows[fits(rows)][:count]
+            found.append(fit)
+            count -= fit.size
+            at = stop
+        return np.concatenate(found) if found else np.empty(0, np.int64)
