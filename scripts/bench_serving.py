@@ -265,7 +265,7 @@ class Bench:
         ]
         for r, at, target in progress(levels, "measuring at load levels"):
             rate = self._rate * at / 100
-            self._turn(found, target, at, options.level_requests, rate, 10**7 + r)
+            self._turn(found, target, at, options.level_requests, rate, at * 10**7 + r)
         for target in targets:
             if target.backlog is not None:
                 found.trained[target.name] = target.backlog
