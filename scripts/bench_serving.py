@@ -29,12 +29,14 @@ all servers' base model agree. --quick has the first group at --rate only; --onl
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 import os
 import statistics
 import sys
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -130,6 +132,8 @@ class Bench:
         self._starts = options.starts or (1 if options.quick else 5)
         self._level_rounds = options.level_rounds or (2 if options.quick else 12)
         self._slo = Slo(options.slo_ttft_ms, options.slo_tpot_ms)
+        self._seeds = itertools.count()
+        """One for each turn's prompts and arrivals."""
         self._rate = 0.0
         """At which plain SGLang is saturated, in requests a second; 0: not measured."""
 
@@ -213,16 +217,18 @@ class Bench:
     def _saturation(self, plain: Target) -> float:
         """Requests a second when more are there than can run together: the median of a few bursts."""
         rates = []
-        for i in progress(range(2 if self._options.quick else 5), "finding the saturation rate"):
+        for _ in progress(range(2 if self._options.quick else 5), "finding the saturation rate"):
             started = time.monotonic()
-            self._load.run(plain.url, SATURATING, math.inf, seed=10**6 + i)
+            self._load.run(plain.url, SATURATING, math.inf, next(self._seeds))
             rates.append(SATURATING / (time.monotonic() - started))
         return statistics.median(rates)
 
     def _targets(self, plain: Target) -> Slo:
         turns = [
-            self._load.run(plain.url, self._options.level_requests, self._rate / 2, 2 * 10**6 + i)
-            for i in progress(range(TARGET_TURNS), "finding slo's targets")
+            self._load.run(
+                plain.url, self._options.level_requests, self._rate / 2, next(self._seeds)
+            )
+            for _ in progress(range(TARGET_TURNS), "finding slo's targets")
         ]
         ttft, tpot = (
             [[getattr(timing, what) for timing in turn] for turn in turns]
@@ -246,16 +252,18 @@ class Bench:
             self._load.run(target.url, WARM_UP, math.inf, seed=-1 % 2**32)
             if target.name == "slo" and target.backlog is not None:
                 target.backlog.start()
-                self._load.run(target.url, SETTLING, self._rate / 2, seed=3 * 10**6)
+                self._load.run(target.url, SETTLING, self._rate / 2, next(self._seeds))
                 target.backlog.stop()
         options = self._options
+        # The same prompts for all servers, and never again: plain SGLang, which stays up, would have them in its cache.
+        seeds = defaultdict[tuple[int | None, int], int](lambda: next(self._seeds))
         if self._has_base:
             plan = _rotated(targets, self._rounds, first=start * self._rounds)
             for r, target in progress(plan, "measuring"):
-                self._turn(found, target, None, options.requests, options.rate, r)
+                self._turn(found, target, None, options.requests, options.rate, seeds[None, r])
             bursts = plan[: max(len(targets), len(plan) // 6)]
             for r, target in progress(bursts, "measuring all at once"):
-                seconds = self._turn(found, target, -1, BURST, math.inf, 10**6 + r)
+                seconds = self._turn(found, target, -1, BURST, math.inf, seeds[-1, r])
                 found.throughput[target.name].append(BURST * options.output_len / seconds)
         levels = [
             (r, at, target)
@@ -265,7 +273,7 @@ class Bench:
         ]
         for r, at, target in progress(levels, "measuring at load levels"):
             rate = self._rate * at / 100
-            self._turn(found, target, at, options.level_requests, rate, at * 10**7 + r)
+            self._turn(found, target, at, options.level_requests, rate, seeds[at, r])
         for target in targets:
             if target.backlog is not None:
                 found.trained[target.name] = target.backlog

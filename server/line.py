@@ -65,3 +65,28 @@ class Line:
             count -= fit.size
             at = stop
         return np.concatenate(found) if found else np.empty(0, np.int64)
+
+
+class Ready:
+    """Rows whose slots serving gets next, the first one first: spare ones, those with a copy, those without."""
+
+    def __init__(self, rows: Ids, pages: Ids, *, num_spare: int, num_free: int) -> None:
+        """Args:
+        rows: [n] on the device; nobody reads them.
+        pages: [n, pages of a row].
+        num_free: rows at the beginning by which nothing is lost.
+        """
+        self.rows, self._pages = rows, pages
+        self.num_spare, self._num_free = num_spare, num_free
+        self.num_taken = 0
+
+    @property
+    def num_left(self) -> int:
+        return self.rows.size - self.num_taken
+
+    def take(self, count: int, more: int) -> tuple[Ids, Ids]:
+        """`count` rows, or up to `more` if nothing is lost by it, and their pages."""
+        first = self.num_taken
+        self.num_taken += max(count, min(more, self._num_free - first))
+        part = slice(first, self.num_taken)
+        return self.rows[part], self._pages[part].reshape(-1)

@@ -7,7 +7,8 @@ happen to a row is `protocol.rows.ROW`, and every change here goes through that 
 
 The device tier borrows free KV slots (`lender.py`) and gives them back the instant serving allocates, in this order:
 borrowed slots without a row; rows that have a copy on the host, least valuable first; rows without one; rows that the
-trainer is reading. Nothing waits for a copy. `hedge` makes the copies, in small portions, when nobody waits.
+trainer is reading. Nothing waits for a copy, nor for a search: the next ones are chosen once a loop. `hedge` makes the
+copies, in small portions, when nobody waits.
 A cache that has been busy for a while has no free slots, because old prefixes fill it; they are serving's, too, and are
 not evicted for rows: what finds no slot is recorded on the host at once.
 
@@ -43,7 +44,7 @@ from alchemist.server.arrivals import Arrivals
 from alchemist.server.gpu_tier import MAX_COPIES, GpuTier
 from alchemist.server.ids import Ids, IdStack
 from alchemist.server.lender import Lender
-from alchemist.server.line import Line
+from alchemist.server.line import Line, Ready
 from alchemist.server.tiers import DeviceTier, HostTier
 
 P = ParamSpec("P")
@@ -62,31 +63,6 @@ def _next_states(event: RowEvent) -> np.ndarray:
 
 
 _NEXT = {event: _next_states(event) for event in RowEvent}
-
-
-class Ready:
-    """Rows whose slots serving gets next, the first one first: spare ones, those with a copy, those without."""
-
-    def __init__(self, rows: Ids, pages: Ids, *, num_spare: int, num_free: int) -> None:
-        """Args:
-        rows: [n] on the device; nobody reads them.
-        pages: [n, pages of a row].
-        num_free: rows at the beginning by which nothing is lost.
-        """
-        self.rows, self._pages = rows, pages
-        self.num_spare, self._num_free = num_spare, num_free
-        self.num_taken = 0
-
-    @property
-    def num_left(self) -> int:
-        return self.rows.size - self.num_taken
-
-    def take(self, count: int, more: int) -> tuple[Ids, Ids]:
-        """`count` rows, or up to `more` if nothing is lost by it, and their pages."""
-        first = self.num_taken
-        self.num_taken += max(count, min(more, self._num_free - first))
-        part = slice(first, self.num_taken)
-        return self.rows[part], self._pages[part].reshape(-1)
 
 
 def caught_up(
@@ -180,6 +156,7 @@ class ActivationPool:
         lined up, and after them, as they came.
         """
         self._ready: Ready | None = None
+        """What serving gets next; some of it may be gone: see `_catch_up`."""
         self._to_hedge: deque[tuple[Ids, Ids]] = deque()
         self.answers = Answers(self._gen)
         self._prior = self.answers.delays.prior

@@ -79,7 +79,8 @@ def hung(tmp_path_factory):
     for part, text in (("ipc", HANGS), ("kernels", FAILS)):
         scripts[part] = tmp_path / f"{part}.py"
         scripts[part].write_text(text)
-    suite = Suite(options(tmp_path, deadline=6.0), ["ipc", "kernels"], scripts=scripts, grace_s=0.5)
+    # Of them 3.9 for the first part: a busy machine is late by a second before it begins.
+    suite = Suite(options(tmp_path, deadline=12), ["ipc", "kernels"], scripts=scripts, grace_s=0.5)
     (tmp_path / "work").mkdir()
     started = time.monotonic()
     suite.run(dict(os.environ), tmp_path / "work")
@@ -88,7 +89,7 @@ def hung(tmp_path_factory):
 
 def test_a_part_that_hangs_costs_its_own_rows_only(hung):
     suite, seconds, _ = hung
-    assert seconds < 6.0
+    assert seconds < 12
     rows = {row["name"]: row for row in suite.rows()}
     assert set(rows) == {spec.name for spec in SPECS if spec.part in ("ipc", "kernels")}
     # What it had found is kept, and its own reasons come before ours.
