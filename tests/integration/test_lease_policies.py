@@ -93,7 +93,7 @@ def test_slo_gives_by_the_request_and_takes_back_at_once(tmp_path_factory):
         assert share() == 0.0
         for _ in range(6):
             Stream(server, max_tokens=2).wait()
-        wait_for(lambda: share() > 0, 5, "a share")
+        wait_for(lambda: share() > 0, 30, "a share")
         # A step goes by the share from now on.
         vote(server)
         server.flush()
@@ -104,6 +104,6 @@ def test_slo_gives_by_the_request_and_takes_back_at_once(tmp_path_factory):
         assert not waiting.started.is_set()
         running.wait()
         waiting.wait()
-        wait_for(lambda: 0 < share() <= given / 2 + 0.04, 5, "half of the share")
+        wait_for(lambda: 0 < share() <= given / 2 + 0.04, 30, "half of the share")
     finally:
         assert server.stop() == 0, server.tail()

@@ -128,7 +128,7 @@ def test_with_a_share_it_goes_on_and_stands_when_the_share_is_taken(lease, child
     async def serve():
         lease.set_share(0.1)
         lease.set_front_busy(1)
-        assert goes_on(lease)
+        wait_until(lambda: goes_on(lease))
         assert not suspension.latencies_ms()
         lease.set_share(0.0)
         await settle(suspension.latencies_ms)
@@ -143,14 +143,14 @@ def test_only_a_trainer_at_work_is_stopped(lease, child):
     lease.advance(TrainerEvent.STEP_ENDED)
     suspension_of(lease, child)
     lease.set_front_busy(1)
-    assert goes_on(lease)
+    wait_until(lambda: goes_on(lease))
     assert lease.num_suspended == 0
 
 
 def test_nothing_is_stopped_before_there_is_a_trainer_or_after_its_end(lease, child):
     Suspension(lease)
     lease.set_front_busy(1)
-    assert goes_on(lease)
+    wait_until(lambda: goes_on(lease))
     suspension_of(lease, child)
     child.kill()
     child.wait()
