@@ -6,12 +6,33 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 from alchemist.server.main import TINY_MODEL
 
 LEARNING_RATE = 0.05
 BETA = 0.1
+
+
+class Cache:
+    """Attention over the first `length` tokens as a KV cache of `dtype` holds them; gradients pass the rounding."""
+
+    def __init__(self, dtype):
+        self.dtype = dtype
+        self.length = 0
+        AttentionInterface.register("over_a_cache", self.attend)
+        AttentionMaskInterface.register("over_a_cache", sdpa_mask)
+
+    def attend(self, module, query, key, value, attention_mask, **options):
+        key, value = self.rounded(key), self.rounded(value)
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+
+    def rounded(self, states):
+        held = states[:, :, : self.length]
+        lost = (held.to(self.dtype).to(states.dtype) - held).detach()
+        return torch.cat((held + lost, states[:, :, self.length :]), dim=2)
 
 
 def sequence_logp(model, prompt, response):
@@ -20,25 +41,37 @@ def sequence_logp(model, prompt, response):
     return torch.log_softmax(logits, -1).gather(1, torch.tensor(response)[:, None]).sum()
 
 
-def outside_step(parent_path, completions):
+def outside_step(parent_path, completions, kv_dtype):
     """Masters after one SGD step on TRL's KTO loss with reference base.
 
     Args:
         completions: (prompt ids, response ids, label) in the step's order.
+        kv_dtype: of the served keys and values.
     """
     torch.set_num_threads(1)
-    base = AutoModelForCausalLM.from_pretrained(TINY_MODEL, dtype=torch.float32)
+    cache = Cache(kv_dtype)
+    base = AutoModelForCausalLM.from_pretrained(
+        TINY_MODEL, dtype=torch.float32, attn_implementation="over_a_cache"
+    )
     model = peft.PeftModel.from_pretrained(base, parent_path, is_trainable=True)
+
+    def served_logp(prompt, response, length):
+        """Of a pair whose first `length` tokens were served."""
+        cache.length = length
+        logp = sequence_logp(model, prompt, response)
+        cache.length = 0
+        return logp
+
     with torch.no_grad():
         mismatched = [(p, completions[i - 1][1]) for i, (p, _, _) in enumerate(completions)]
-        policy = torch.stack([sequence_logp(model, *pair) for pair in mismatched])
+        policy = torch.stack([served_logp(p, r, len(p)) for p, r in mismatched])
         with model.disable_adapter():
             reference = torch.stack([sequence_logp(model, *pair) for pair in mismatched])
             base_logps = [sequence_logp(model, p, r) for p, r, _ in completions]
         kl = (policy - reference).mean().clamp(min=0)
     loss = torch.zeros((), dtype=torch.float64)
     for (prompt, response, label), logp_base in zip(completions, base_logps, strict=True):
-        ratio = sequence_logp(model, prompt, response) - logp_base
+        ratio = served_logp(prompt, response, len(prompt + response)) - logp_base
         loss = loss + 1 - torch.sigmoid(BETA * (ratio - kl if label else kl - ratio))
     (loss / len(completions)).backward()
     step = {}
@@ -63,8 +96,11 @@ def test_one_live_step_equals_the_step_of_transformers_and_peft(server, from_bas
     assert error <= 1e-4
 
 
-def train_and_compare(server):
+def train_and_compare(server, kv_dtype=torch.float32):
     """One step of four votes on the live version.
+
+    Args:
+        kv_dtype: of the server's KV cache.
 
     Returns:
         The step's metrics, the KL estimate computed outside, and how far the masters' move is from the one computed
@@ -89,7 +125,7 @@ def train_and_compare(server):
         for r, label in zip(receipts, labels, strict=True)
     ]
     parent_path = server.data_dir / "versions" / parent
-    expected, kl = outside_step(parent_path, completions)
+    expected, kl = outside_step(parent_path, completions, kv_dtype)
     before = load_file(parent_path / "adapter_model.safetensors")
     after = load_file(f"{version['path']}/adapter_model.safetensors")
     assert after.keys() == expected.keys()
