@@ -158,7 +158,7 @@ class Bench:
             Target.end(up)
             self._begin(up, group)
             is_last = start == self._starts - 1
-            self._measure_group(up, found, start, self._levels if is_last else [])
+            self._measure_group(up, found, self._levels if is_last else [])
         report_group(self._run, found, self._slo, burst=BURST)
 
     def _measure_beside(self, up: list[Target], group: list[str]) -> None:
@@ -170,7 +170,7 @@ class Bench:
         self._wait(up)
         is_first = group is self._groups[0]
         found = Measured([target.name for target in up], is_first=is_first, starts=1)
-        self._measure_group(up, found, 0, self._levels)
+        self._measure_group(up, found, self._levels)
         report_group(self._run, found, self._slo, burst=BURST)
 
     def _begin(self, up: list[Target], group: list[str]) -> None:
@@ -224,20 +224,17 @@ class Bench:
         return statistics.median(rates)
 
     def _targets(self, plain: Target) -> Slo:
+        requests, rate = self._options.level_requests, self._rate / 2
         turns = [
-            self._load.run(
-                plain.url, self._options.level_requests, self._rate / 2, next(self._seeds)
-            )
+            self._load.run(plain.url, requests, rate, next(self._seeds))
             for _ in progress(range(TARGET_TURNS), "finding slo's targets")
         ]
-        ttft, tpot = (
-            [[getattr(timing, what) for timing in turn] for turn in turns]
-            for what in ("ttft", "tpot")
-        )
-        return Slo(SLO_ROOM * quantile(ttft, 0.99), SLO_ROOM * quantile(tpot, 0.99))
+        ttft = quantile([[timing.ttft for timing in turn] for turn in turns], 0.99)
+        tpot = quantile([[timing.tpot for timing in turn] for turn in turns], 0.99)
+        return Slo(SLO_ROOM * ttft, SLO_ROOM * tpot)
 
     def _measure_group(
-        self, targets: list[Target], found: Measured, start: int, at_levels: Sequence[int]
+        self, targets: list[Target], found: Measured, at_levels: Sequence[int]
     ) -> None:
         for target in targets[1:]:
             if target.greedy() != self._expected:
@@ -258,7 +255,7 @@ class Bench:
         # The same prompts for all servers, and never again: plain SGLang, which stays up, would have them in its cache.
         seeds = defaultdict[tuple[int | None, int], int](lambda: next(self._seeds))
         if self._has_base:
-            plan = _rotated(targets, self._rounds, first=start * self._rounds)
+            plan = _rotated(targets, self._rounds)
             for r, target in progress(plan, "measuring"):
                 self._turn(found, target, None, options.requests, options.rate, seeds[None, r])
             bursts = plan[: max(len(targets), len(plan) // 6)]

@@ -225,6 +225,7 @@ class ActivationPool:
         `wait`, all of it. To be called once a loop.
         """
         if isinstance(self.device, GpuTier):
+            # Rows with borrowed slots may come below, and copies be complete.
             self._catch_up()
             self._restock()
             self.device.finish_copies()
@@ -405,8 +406,7 @@ class ActivationPool:
             return
         room = READY_SLOTS // self.layout.slots_per_row
         spare = self.device.spare.all()[::-1][:room]
-        copied = self._copied_line.peek(room - spare.size, self._is_copied)
-        lone = self._line.peek(room - spare.size - copied.size, self._is_lone)
+        copied, lone = self._next(room - spare.size)
         rows = np.concatenate((spare, copied, lone))
         num_free = spare.size + copied.size
         self._ready = Ready(rows, self.device.pages(rows), num_spare=spare.size, num_free=num_free)
@@ -439,9 +439,8 @@ class ActivationPool:
 
     def _evict(self, count: int, only_copied: bool, only_unread: bool = False) -> None:
         """End the device places of up to `count` rows, the least valuable first, those being read last."""
-        rows = self._copied_line.peek(count, self._is_copied)
-        if not only_copied:
-            rows = np.concatenate((rows, self._line.peek(count - rows.size, self._is_lone)))
+        copied, lone = self._next(count)
+        rows = copied if only_copied else np.concatenate((copied, lone))
         self._reclaim(self._record_of_device[rows])
         if only_copied or only_unread or count <= rows.size:
             return
@@ -449,16 +448,15 @@ class ActivationPool:
         key = self._value[records] + 1e9 * (self._host[records] < 0)
         self._reclaim(records[np.argsort(key)[: count - rows.size]])
 
-    def _is_copied(self, rows: Ids) -> np.ndarray:
-        """Of device rows in use: whether they have a copy, and nobody reads them."""
-        records = self._record_of_device[rows]
-        found: np.ndarray = (self._host[records] >= 0) & (self._refs[records] == 0)
-        return found
+    def _next(self, count: int) -> tuple[Ids, Ids]:
+        """The next `count` device rows that nobody reads, as far as there are: those with a copy, then the others."""
+        copied = self._copied_line.peek(count, partial(self._is_unread, is_copied=True))
+        rest = count - copied.size
+        return copied, self._line.peek(rest, partial(self._is_unread, is_copied=False))
 
-    def _is_lone(self, rows: Ids) -> np.ndarray:
-        """The same of those that have none."""
+    def _is_unread(self, rows: Ids, *, is_copied: bool) -> np.ndarray:
         records = self._record_of_device[rows]
-        found: np.ndarray = (self._host[records] < 0) & (self._refs[records] == 0)
+        found: np.ndarray = ((self._host[records] >= 0) == is_copied) & (self._refs[records] == 0)
         return found
 
     def _reclaim(self, records: Ids) -> None:
@@ -522,8 +520,6 @@ class ActivationPool:
         self._change(records, RowEvent.HEDGE)
         self.num_hedged += records.size
         self._copied_line.append(self._device[records])
-        if not self._to_hedge:
-            self._line_up()
 
     def _make_room(self, count: int, value: float) -> None:
         """Take up to `count` rows worth less than `value` from the host; none that the trainer is reading."""
