@@ -10,6 +10,9 @@ prompt token.
 
 The model: recording costs `fixed + per_token · n` seconds for a prompt of n tokens, and saves `saved · n` if a vote
 comes. With the chance p of a vote it pays from n = fixed / (p · saved − per_token) tokens on: `record_min_tokens_pP`.
+
+A third server records answers, too. `tpot_decode_recording`: the time of long answers to short prompts, one at a time,
+from it ÷ from the one that records prompts only; `tpot_decode_recording_8`: of eight at once.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from activation_options import full_status
 from bench_common import Row, Run, progress, quartiles
 from serving_servers import ALCHEMIST, Target
 
@@ -31,6 +35,11 @@ from alchemist.server.main import TINY_MODEL
 LENGTHS = (16, 64, 256, 1024)
 CHANCES = (1.0, 0.3, 0.1)
 VOCABULARY = 1500
+SHORT, LONG = 16, 256
+"""Tokens of the prompts and answers by which recording answers is judged."""
+TPOTS = {1: "tpot_decode_recording", 8: "tpot_decode_recording_8"}
+"""By how many answers are given at once."""
+TPOT_BAR = 1.02
 
 
 class Side:
@@ -51,14 +60,19 @@ class Side:
         return float(times.user + times.system)
 
     def ask(self, prompt: list[int]) -> None:
+        seconds, answers = self.generate([prompt], 2)
+        self.seconds[len(prompt)].append(seconds)
+        self._ids.append(answers[0]["meta_info"]["id"])
+
+    def generate(self, prompts: list[list[int]], num_tokens: int) -> tuple[float, list[Any]]:
+        """Answers of so many tokens, all at once; with the seconds they took."""
         body = {
-            "input_ids": prompt,
-            "sampling_params": {"max_new_tokens": 2, "temperature": 0, "ignore_eos": True},
+            "input_ids": prompts,
+            "sampling_params": {"max_new_tokens": num_tokens, "temperature": 0, "ignore_eos": True},
         }
         started = time.perf_counter()
-        answer = self.target.http.post("/generate", json=body).raise_for_status().json()
-        self.seconds[len(prompt)].append(time.perf_counter() - started)
-        self._ids.append(answer["meta_info"]["id"])
+        answers = self.target.http.post("/generate", json=body).raise_for_status().json()
+        return time.perf_counter() - started, answers
 
     def settle(self) -> None:
         """Wait until nothing is left to be copied."""
@@ -68,6 +82,10 @@ class Side:
     def status(self) -> dict[str, Any]:
         found: dict[str, Any] = self.target.http.get("/v1/training").json()
         return found
+
+    @property
+    def num_rows(self) -> int:
+        return sum(full_status(self.target.http)["activations"]["rows"].values())
 
     def train(self, count: int) -> dict[str, Any]:
         """One step of votes on the last `count` answers; its metrics."""
@@ -139,6 +157,28 @@ def measure(run: Run, none: Side, recording: Side, requests: int, batch: int) ->
     }
 
 
+def measure_answers(run: Run, prefill: Side, decode: Side, requests: int) -> None:
+    draw = random.Random(1)
+    for at_once, name in TPOTS.items():
+        seconds: dict[Side, list[float]] = {prefill: [], decode: []}
+        for i in progress(range(requests), name):
+            prompts = [
+                [draw.randrange(10, VOCABULARY) for _ in range(SHORT)] for _ in range(at_once)
+            ]
+            for side in (prefill, decode) if i % 2 else (decode, prefill):
+                held = side.num_rows
+                seconds[side].append(side.generate(prompts, LONG)[0])
+                side.settle()
+                if i == 0 and side is decode and side.num_rows - held < at_once * LONG:
+                    sys.exit(
+                        f"gate: {side.num_rows - held} rows of {at_once} answers of {LONG} tokens"
+                    )
+        ratios = [ours / its for ours, its in zip(seconds[decode], seconds[prefill], strict=True)]
+        row = Row(name, statistics.median(ratios), "x", quartiles(ratios), len(ratios))
+        row.against, row.less_is_better, row.bar = "the same, prompts recorded", True, TPOT_BAR
+        run.add(row)
+
+
 def main() -> None:
     options = Run.parse(Run.parser(__doc__))
     run = Run("record", options)
@@ -148,7 +188,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="bench-record-") as name:
         folder = Path(name)
         try:
-            for record in ("none", "prefill"):
+            for record in ("none", "prefill", "decode"):
                 flags = ["--model-path", str(TINY_MODEL), "--data-dir", str(folder / record)]
                 flags += ["--record", record, "--objective", "sft"]
                 flags += ["--train-batch-size", str(batch), "--train-max-wait", "600"]
@@ -156,7 +196,11 @@ def main() -> None:
             for target in targets:
                 target.wait_ready()
                 target.http.post("/v1/training/pause").raise_for_status()
-            measure(run, Side(targets[0]), Side(targets[1]), requests, batch)
+            none, prefill, decode = map(Side, targets)
+            if any(run.wants(name) for name in TPOTS.values()):
+                measure_answers(run, prefill, decode, max(2, requests // 16))
+            if not options.only or not set(options.only.split(",")) <= set(TPOTS.values()):
+                measure(run, none, prefill, requests, batch)
         finally:
             Target.end(targets)
     run.finish()

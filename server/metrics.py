@@ -35,6 +35,7 @@ _POOL = {
     "reclaim_p99_us_per_1000": "Microseconds to give a thousand slots back, 99th percentile",
     "hedge_backlog": "Rows that wait for their copy on the host",
     "hedged": "Rows copied to the host",
+    "hedge_bytes_per_s": "Bytes a second while copies were made",
     "lost": "Tokens that were to be recorded and found no room",
     "dropped": "Rows that ended before they had a copy, because serving wanted their slots",
     "tokens_voted": "Prompt tokens of answers that were voted on",

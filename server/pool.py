@@ -26,6 +26,7 @@ the order in which it was asked for.
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial, wraps
@@ -167,6 +168,7 @@ class ActivationPool:
         self.num_dropped = 0
         """Rows that ended without a copy because their slots were wanted."""
         self.num_hedged = 0
+        self._copied_bytes, self._copy_s = 0, 0.0
         self._staged_slots = torch.empty(0, dtype=torch.int64)
         self._num_copying = 0
         """Host rows that a copy is on its way to."""
@@ -498,7 +500,8 @@ class ActivationPool:
                 continue
             to = np.sort(self._free_host.pop(records.size))
             self._num_copying += to.size
-            hedged = partial(self._hedged, records, self._gen[records], to)
+            begun = time.perf_counter()
+            hedged = partial(self._hedged, records, self._gen[records], to, begun)
             # Slots that were freed before the copy was complete have to be known before it counts as one.
             self.device.copy_to(
                 self.host,
@@ -510,8 +513,10 @@ class ActivationPool:
             return int(records.size)
         return 0
 
-    def _hedged(self, records: Ids, gens: Ids, to: Ids) -> None:
+    def _hedged(self, records: Ids, gens: Ids, to: Ids, begun: float) -> None:
         """Copies of rows are complete in the host rows `to`; rows may have ended meanwhile."""
+        self._copy_s += time.perf_counter() - begun
+        self._copied_bytes += to.size * self.layout.row_bytes
         self._num_copying -= to.size
         alive = self._gen[records] == gens
         self._free_host.push(to[~alive])
@@ -672,6 +677,7 @@ class ActivationPool:
             "reclaim_p99_us_per_1000": float(np.percentile(per_1000, 99)) if per_1000 else None,
             "hedge_backlog": self.num_to_hedge,
             "hedged": self.num_hedged,
+            "hedge_bytes_per_s": self._copied_bytes / self._copy_s if self._copy_s else None,
             "lost": self.num_lost,
             "dropped": self.num_dropped,
             "stopped": self.stopped,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -64,6 +65,20 @@ def test_pairs_are_trained_and_single_votes_wait(tmp_path, loss_type):
             for vote_id in (*pair, corrected, alone)
         }
         assert list(states.values()) == ["trained", "trained", "trained", "pending"]
+    finally:
+        assert server.stop() == 0, server.tail()
+
+
+def test_a_correction_beyond_the_models_context_fails_alone(tmp_path):
+    server = start(tmp_path, "--objective", "sft")
+    try:
+        long = server.vote(ask(server, "Hello!")["id"], "down", correction="fox " * 8192)["id"]
+        server.vote(ask(server, "What is 2 + 3?")["id"], "up")
+        status = train(server, lambda s: s["trained"] == 1)
+        assert (status["failed"], status["live_version"]) == (1, "v1")
+        found = server.http.get(f"/v1/feedback/{long}").json()
+        assert found["state"] == "failed"
+        assert re.fullmatch(r"\d+ tokens; the model takes 8192", found["reason"]), found
     finally:
         assert server.stop() == 0, server.tail()
 
