@@ -389,6 +389,7 @@ class Engine:
         self._settle()
         self._hedge_beside()
         self.serve_desk()
+        self._prepare()
 
     def on_idle(self, scheduler: Any) -> None:
         """Nothing waits and nothing runs: the trainer may."""
@@ -437,6 +438,11 @@ class Engine:
         """Do what waits for the device. Also after recording has ended: requests' reports may be among it."""
         if self.pool is not None:
             self.pool.settle(wait=wait)
+
+    @harmless(None)
+    def _prepare(self) -> None:
+        if self.pool is not None:
+            self.pool.prepare()
 
     # The row desk: the trainer asks which rows hold a completion's tokens
 

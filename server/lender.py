@@ -30,6 +30,9 @@ KEPT_FREE = 64
 NUM_TIMES = 4096
 _CHUNK = 4096
 
+Loan = tuple[np.ndarray, torch.Tensor]
+"""Borrowed pages that come back: on the CPU, and as the allocator lists free ones."""
+
 
 class Lender:
     """One allocator's loans.
@@ -50,7 +53,7 @@ class Lender:
         self.num_reclaimed = 0
         """Slots taken back since the start."""
         self.reclaims: deque[tuple[int, float]] = deque(maxlen=NUM_TIMES)
-        self._give_back: Callable[[int, int], np.ndarray] = lambda need, more: np.empty(0, np.int64)
+        self._give_back: Callable[[int, int], Loan | None] = lambda need, more: None
         self._underway: dict[int, torch.Tensor] = {}
         """Loans whose pages are not known yet, by number."""
         self._num_loans = 0
@@ -58,7 +61,7 @@ class Lender:
     def install(
         self,
         arrivals: Arrivals,
-        give_back: Callable[[int, int], np.ndarray],
+        give_back: Callable[[int, int], Loan | None],
         on_free: Callable[[torch.Tensor], None],
         on_clear: Callable[[], None],
     ) -> None:
@@ -67,7 +70,7 @@ class Lender:
         Args:
             arrivals: brings what is on the device.
             give_back: called with how many slots are needed and how many would be welcome; returns borrowed pages:
-                as many as are needed, or all. May not wait.
+                as many as are needed, or all; None if there are none. May not wait.
             on_free: called with slots before they are freed.
             on_clear: called before all slots are freed, lent ones too.
         """
@@ -187,16 +190,21 @@ class Lender:
         self._is_lent[known] = True
         found((known[:, None] * self.page_size + np.arange(self.page_size)).reshape(-1))
 
-    def give(self, pages: np.ndarray) -> None:
-        """Pages come back."""
-        self._is_lent[pages] = False
+    def loan(self, pages: np.ndarray) -> Loan:
+        """Borrowed pages, ready to come back."""
         free_pages = self._allocator.free_pages
-        self._return(to_device(pages, free_pages.device).to(free_pages.dtype))
+        return pages, to_device(pages, free_pages.device).to(free_pages.dtype)
 
-    def _return(self, pages: torch.Tensor) -> None:
+    def give(self, loan: Loan) -> None:
+        """Pages come back."""
+        pages, listed = loan
+        self._is_lent[pages] = False
+        self._return(listed)
+
+    def _return(self, listed: torch.Tensor) -> None:
         allocator = self._allocator
-        allocator.free_pages = torch.cat((allocator.free_pages, pages))
-        self.num_lent -= pages.numel()
+        allocator.free_pages = torch.cat((allocator.free_pages, listed))
+        self.num_lent -= listed.numel()
 
     def give_all(self) -> None:
         """Every loan comes back, whoever had it: for once only, and without taking memory."""
@@ -218,7 +226,7 @@ class Lender:
     def _cover(self, num_pages: int) -> None:
         """See to it that the allocator's own list has `num_pages`, as far as there are loans."""
         allocator = self._allocator
-        short = num_pages - len(allocator.free_pages) - len(allocator.release_pages)
+        short = num_pages - allocator.free_pages.numel() - allocator.release_pages.numel()
         if short <= 0 or not self.num_lent:
             return
         started = time.perf_counter()
@@ -228,10 +236,10 @@ class Lender:
             short -= len(underway)
         if short <= 0:
             return
-        pages = self._give_back(short * self.page_size, MIN_RECLAIM_SLOTS)
-        if not pages.size:
+        loan = self._give_back(short * self.page_size, MIN_RECLAIM_SLOTS)
+        if loan is None:
             return
-        self.give(pages)
-        seconds, num_slots = time.perf_counter() - started, pages.size * self.page_size
+        self.give(loan)
+        seconds, num_slots = time.perf_counter() - started, loan[0].size * self.page_size
         self.num_reclaimed += num_slots
         self.reclaims.append((num_slots, seconds))

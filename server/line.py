@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
+import torch
 
 from alchemist.server.ids import Ids
+from alchemist.server.lender import Loan
 
 _WINDOW = 64
 """Entries looked at in one go: most have not ended."""
@@ -68,15 +70,29 @@ class Line:
 
 
 class Ready:
-    """Rows whose slots serving gets next, the first one first: spare ones, those with a copy, those without."""
+    """Rows whose slots serving gets next, the first one first: spare ones, those with a copy, those without. What is
+    needed of them then is here beforehand: a scheduler that has just computed a batch has none of this in its caches.
+    """
 
-    def __init__(self, rows: Ids, pages: Ids, *, num_spare: int, num_free: int) -> None:
+    def __init__(
+        self,
+        rows: Ids,
+        gens: Ids,
+        pages: Ids,
+        listed: torch.Tensor,
+        *,
+        num_spare: int,
+        num_free: int,
+    ) -> None:
         """Args:
         rows: [n] on the device; nobody reads them.
+        gens: [n] their next generations.
         pages: [n, pages of a row].
+        listed: the same, flat, as the allocator has it.
         num_free: rows at the beginning by which nothing is lost.
         """
-        self.rows, self._pages = rows, pages
+        self.rows, self._gens = rows, gens
+        self._pages, self._listed, self._pages_per_row = pages.reshape(-1), listed, pages.shape[1]
         self.num_spare, self._num_free = num_spare, num_free
         self.num_taken = 0
 
@@ -84,9 +100,10 @@ class Ready:
     def num_left(self) -> int:
         return self.rows.size - self.num_taken
 
-    def take(self, count: int, more: int) -> tuple[Ids, Ids]:
-        """`count` rows, or up to `more` if nothing is lost by it, and their pages."""
+    def take(self, count: int, more: int, gens: Ids) -> Loan:
+        """End `count` rows in `gens`, or up to `more` if nothing is lost by it; their pages."""
         first = self.num_taken
-        self.num_taken += max(count, min(more, self._num_free - first))
-        part = slice(first, self.num_taken)
-        return self.rows[part], self._pages[part].reshape(-1)
+        last = self.num_taken = first + max(count, min(more, self._num_free - first))
+        gens[self.rows[first:last]] = self._gens[first:last]
+        part = slice(first * self._pages_per_row, last * self._pages_per_row)
+        return self._pages[part], self._listed[part]

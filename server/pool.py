@@ -44,7 +44,7 @@ from alchemist.server.answers import Answers
 from alchemist.server.arrivals import Arrivals
 from alchemist.server.gpu_tier import MAX_COPIES, GpuTier
 from alchemist.server.ids import Ids, IdStack
-from alchemist.server.lender import Lender
+from alchemist.server.lender import Lender, Loan
 from alchemist.server.line import Line, Ready
 from alchemist.server.tiers import DeviceTier, HostTier
 
@@ -189,10 +189,9 @@ class ActivationPool:
         Args:
             harmless: (a function that serving calls, what it is to return if it fails) → one that never fails.
         """
-        none = np.arange(0)
         self._lender.install(
             self.arrivals,
-            harmless(self.give_back, none),
+            harmless(self.give_back, None),
             harmless(self.free_slots, None),
             harmless(self.clear, None),
         )
@@ -223,8 +222,8 @@ class ActivationPool:
     # On a GPU
 
     def settle(self, *, wait: bool = False) -> None:
-        """Be ready for what serving does next. On a GPU, do what waits for the device, as far as it has come; with
-        `wait`, all of it. To be called once a loop.
+        """On a GPU, do what waits for the device, as far as it has come; with `wait`, all of it. To be called once a
+        loop.
         """
         if isinstance(self.device, GpuTier):
             # Rows with borrowed slots may come below, and copies be complete.
@@ -234,7 +233,6 @@ class ActivationPool:
             while wait and self.device.num_copies:
                 self.device.finish_copies(wait=True)
             self.arrivals.settle(wait=wait)
-        self._prepare()
 
     @property
     def is_settled(self) -> bool:
@@ -387,7 +385,7 @@ class ActivationPool:
 
     # Lending
 
-    def give_back(self, need: int, welcome: int) -> Ids:
+    def give_back(self, need: int, welcome: int) -> Loan | None:
         """Pages of `need` borrowed slots, or all, and up to `welcome` if no row is lost by it: whole rows'."""
         size = self.layout.slots_per_row
         count, more = -(-need // size), -(-max(need, welcome) // size)
@@ -396,14 +394,15 @@ class ActivationPool:
             spare = self.device.spare
             self._evict(more - len(spare), only_copied=True)
             self._evict(count - len(spare), only_copied=False)
-            return self.device.give_back(more)
-        rows, pages = self._ready.take(count, more)
+            pages = self.device.give_back(more)
+            return self._lender.loan(pages) if pages.size else None
         # A reader of what serving writes there next sees that the row has ended; the tables can wait.
-        self.gens[rows] += 1
-        return pages
+        return self._ready.take(count, more, self.gens)
 
-    def _prepare(self) -> None:
-        """Choose the rows that serving gets next if it wants slots, so that it need not wait for that."""
+    def prepare(self) -> None:
+        """Choose the rows that serving gets next if it wants slots. To be called last in a loop: whatever else looks at
+        the tables undoes it.
+        """
         if self._ready is not None or not self._lender.num_lent or self._lender.has_plenty:
             return
         room = READY_SLOTS // self.layout.slots_per_row
@@ -411,7 +410,11 @@ class ActivationPool:
         copied, lone = self._next(room - spare.size)
         rows = np.concatenate((spare, copied, lone))
         num_free = spare.size + copied.size
-        self._ready = Ready(rows, self.device.pages(rows), num_spare=spare.size, num_free=num_free)
+        pages = self.device.pages(rows)
+        _, listed = self._lender.loan(pages.reshape(-1))
+        self._ready = Ready(
+            rows, self.gens[rows] + 1, pages, listed, num_spare=spare.size, num_free=num_free
+        )
 
     def _catch_up(self) -> None:
         """Enter into the tables what serving has taken of the rows that were ready."""

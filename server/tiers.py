@@ -59,7 +59,7 @@ class DeviceTier:
         size = self.layout.slots_per_row
         found = slots.size // size
         if slots.size > found * size:
-            self._lender.give(self._pages(slots[found * size :]))
+            self._lender.give(self._lender.loan(self._pages(slots[found * size :])))
         rows = self._without_slots.pop(found)
         self.cells[rows] = slots[: found * size].reshape(found, size)
         self.spare.push(rows)

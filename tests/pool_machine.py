@@ -49,6 +49,7 @@ class PoolMachine(RuleBasedStateMachine):
     def prefill(self, count):
         # Once a loop.
         self.pool.settle()
+        self.pool.prepare()
         free = self.allocator.available_size()
         slots = self.world.serve(count)
         # A loan is never felt.
@@ -61,6 +62,7 @@ class PoolMachine(RuleBasedStateMachine):
     def decode(self, times):
         """Tokens that are not recorded; the loop goes on between them, or does not."""
         self.pool.settle()
+        self.pool.prepare()
         for _ in range(times):
             slots = self.world.serve(1)
             if slots is not None:
@@ -93,6 +95,10 @@ class PoolMachine(RuleBasedStateMachine):
     @rule(wait=st.booleans())
     def settle(self, wait):
         self.pool.settle(wait=wait)
+
+    @rule()
+    def prepare(self):
+        self.pool.prepare()
 
     @rule(seconds=st.floats(0.1, 1e4))
     def time_passes(self, seconds):
