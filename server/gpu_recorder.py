@@ -7,7 +7,7 @@ device, and nothing needs the tokens' slots: a row is known by its number, and i
 (`GpuTier.table`).
 
 Which row a token has is a tensor that the kernels read, [tokens] int64, −1 for a token that is not recorded. For
-decode steps it is always the same tensor. The hooks are in place when SGLang captures its decode graphs, so packing is
+decode steps it is always the same tensor. The taps are in place when SGLang captures its decode graphs, so packing is
 part of them, and a replay, which runs no Python, records the rows that `begin` has put there. A step of which nothing
 is recorded finds −1 everywhere.
 
@@ -140,11 +140,11 @@ class GpuRecorder:
 
     def _install(self) -> None:
         for tap in self._taps:
-            tap.hooks[id(tap)] = tap.hook
+            tap.install()
 
     def _remove(self) -> None:
         for tap in self._taps:
-            tap.hooks.pop(id(tap), None)
+            tap.remove()
 
     def _take(self, layer: int, field: str, value: torch.Tensor) -> None:
         """A tensor [tokens, width] of the pass goes by."""
@@ -157,7 +157,7 @@ class GpuRecorder:
     def _pack(self, layer: int, names: tuple[str, ...]) -> None:
         fields = [(name, self._fields.pop(name)) for name in names if name in self._fields]
         num_tokens = fields[0][1].shape[0]
-        # A prefill that is not recorded passes the hooks of decode recording, too.
+        # A prefill that is not recorded passes the taps of decode recording, too.
         if self._error is not None or num_tokens > self._rows.numel():
             return
         try:

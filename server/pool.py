@@ -74,6 +74,7 @@ def caught_up(
     @wraps(method)
     def wrapped(pool: ActivationPool, /, *args: P.args, **kwargs: P.kwargs) -> T:
         pool._catch_up()
+        pool.begin_waiting()
         return method(pool, *args, **kwargs)
 
     return wrapped
@@ -91,8 +92,15 @@ class CheckedOut(NamedTuple):
     """For `check_in`."""
 
 
+class Begun:
+    """Rows of the first of some tokens, and their generations; none as long as the tokens wait."""
+
+    def __init__(self) -> None:
+        self.rows = self.gens = np.empty(0, np.int64)
+
+
 class ActivationPool:
-    """Rows of one model's prompt tokens.
+    """Rows of one model's tokens.
 
     Attributes:
         gens: [device rows + host rows] int64, shared.
@@ -158,6 +166,8 @@ class ActivationPool:
         """
         self._ready: Ready | None = None
         """What serving gets next; some of it may be gone: see `_catch_up`."""
+        self._waiting: list[tuple[Begun, torch.Tensor, torch.Tensor]] = []
+        """See `record_later`: what it returned, slots and positions."""
         self._to_hedge: deque[tuple[Ids, Ids]] = deque()
         self.answers = Answers(self._gen)
         self._prior = self.answers.delays.prior
@@ -212,6 +222,7 @@ class ActivationPool:
         for table in (self.state, self._refs, self.answers.wants):
             table.fill(0)
         self._to_hedge.clear()
+        self._waiting.clear()
         self._ready = None
         nobody = np.empty(0, np.int64)
         self._line.reset(nobody)
@@ -270,6 +281,31 @@ class ActivationPool:
         Returns:
             [m] rows of the first m ≤ n tokens: as many as there is room for, first on the device, then on the host.
         """
+        return self._record(slots, positions, is_graph)
+
+    def record_later(self, slots: torch.Tensor, positions: torch.Tensor) -> Begun:
+        """As `record`, when the tables are next looked at, or by `begin_waiting`: tokens of many decode steps together.
+        Not where values of the device are deferred.
+        """
+        assert not self.arrivals.is_deferred
+        begun = Begun()
+        self._waiting.append((begun, slots, positions))
+        return begun
+
+    def begin_waiting(self) -> None:
+        """Begin the rows of tokens that wait for it."""
+        if not self._waiting:
+            return
+        self._catch_up()
+        waiting, self._waiting = self._waiting, []
+        all_begun, slots, positions = zip(*waiting, strict=True)
+        rows = self._record(torch.cat(slots), torch.cat(positions))
+        gens, start = self.gens[rows], 0
+        for begun, own in zip(all_begun, slots, strict=True):
+            part = slice(start, start + own.numel())
+            begun.rows, begun.gens, start = rows[part], gens[part], part.stop
+
+    def _record(self, slots: torch.Tensor, positions: torch.Tensor, is_graph: bool = False) -> Ids:
         if not self.arrivals.is_deferred:
             self._leave(slots.numpy())
         self._tick += 1
@@ -378,6 +414,7 @@ class ActivationPool:
         """The KV pool is flushed and every loan with it: rows live on on the host only, where they are wanted."""
         self.settle(wait=True)
         self._catch_up()
+        self._waiting.clear()
         held = self._slot[self._slot >= 0]
         if held.size:
             self._end_slots(torch.from_numpy(held))
@@ -390,6 +427,7 @@ class ActivationPool:
         size = self.layout.slots_per_row
         count, more = -(-need // size), -(-max(need, welcome) // size)
         if self._ready is None or count > self._ready.num_left:
+            # Tokens that wait go on waiting: their rows would take what serving wants.
             self._catch_up()
             spare = self.device.spare
             self._evict(more - len(spare), only_copied=True)

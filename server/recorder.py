@@ -1,10 +1,10 @@
-"""Records activations of prefill tokens, and if asked of decoded ones, from hooks on the model's submodules.
+"""Records activations of prefill tokens, and if asked of decoded ones, as they pass the model's submodules.
 
 Per decoder layer five tensors pass by that the backward pass needs (see `protocol.layout`). Where SGLang's fused
 kernels write into their inputs each is copied at once. Its native operations never do: there the tensors are kept, and
 copied by `flush` when the batch's tokens have been sent, so that no first token waits for it; those of decode steps
-together, when the request has ended.
-Modules have no hooks in a batch that is not recorded.
+together, when the request has ended, and their rows are begun together, too.
+Modules are as they were in a batch that is not recorded.
 A token that cannot be recorded is simply computed again by the trainer. What goes wrong here is raised by `begin`,
 `end` and `flush`, never in the middle of a forward pass.
 """
@@ -20,10 +20,10 @@ import numpy as np
 import torch
 
 from alchemist.protocol.layout import RowLayout
-from alchemist.server.pool import ActivationPool
+from alchemist.server.pool import ActivationPool, Begun
 
 _Write = Callable[[str, torch.Tensor], None]
-_Hook = Callable[..., None]
+_Note = Callable[[Any, Any], None]
 
 
 DEFER_BYTES = 96 << 20
@@ -39,9 +39,8 @@ class Recorder:
         """
         self._pool = pool
         self._taps = taps_of(model, layout, lambda layer: partial(self._write, layer))
-        self._batch = _Batch(np.arange(0), np.arange(0), slice(0), False, [])
+        self._batch = _Batch(Begun(), slice(0), False, [])
         """The one that is being computed."""
-        self.num_recorded = 0
         self._may_defer = _is_functional(model.model.layers[0])
         # What is kept is as the model has it.
         self._token_bytes = msgspec.structs.replace(layout, activation_dtype="auto").row_bytes
@@ -62,26 +61,28 @@ class Recorder:
 
         Args:
             which: int64, ascending: the tokens to be recorded; None: all.
-            is_decode: nothing follows from it here.
+            is_decode: there are few tokens, and more will come.
         """
+        size = self._token_bytes * slots.numel()
         if which is not None:
             slots, positions = slots[which], positions[which]
-        rows = self._pool.record(slots, positions)
-        count = rows.size
-        if not count:
-            return False
-        tokens = slice(count) if which is None else which[:count]
-        size = self._token_bytes * (count if which is None else int(which[-1]) + 1)
         if self._num_kept_bytes + size > DEFER_BYTES:
             self.flush()
         defer = self._may_defer and self._num_kept_bytes + size <= DEFER_BYTES
-        self._batch = _Batch(rows, self._pool.gens[rows], tokens, defer, [])
+        if defer and is_decode:
+            begun = self._pool.record_later(slots, positions)
+        else:
+            begun = Begun()
+            begun.rows = self._pool.record(slots, positions)
+            begun.gens = self._pool.gens[begun.rows]
+            if not begun.rows.size:
+                return False
+        self._batch = _Batch(begun, slice(None) if which is None else which, defer, [])
         if defer:
             self._kept.append(self._batch)
             self._num_kept_bytes += size
-        self.num_recorded += count
         for tap in self._taps:
-            tap.hooks[id(tap)] = tap.hook
+            tap.install()
         return True
 
     def end(self) -> None:
@@ -90,12 +91,12 @@ class Recorder:
         if self._error is not None:
             raise self._error
         if not self._batch.is_deferred:
-            self._pool.complete(self._batch.rows)
+            self._pool.complete(self._batch.begun.rows)
 
     def release(self) -> None:
         """Leave the model as if nobody recorded."""
         for tap in self._taps:
-            tap.hooks.pop(id(tap), None)
+            tap.remove()
 
     def _write(self, layer: int, field: str, value: torch.Tensor) -> None:
         """Store [tokens, width] activations of this batch."""
@@ -104,7 +105,7 @@ class Recorder:
             batch.values.append(((layer, field), value))
         elif self._error is None:
             try:
-                self._pool.write(layer, field, batch.rows, value[batch.tokens])
+                self._pool.write(layer, field, batch.begun.rows, batch.of_rows(value))
             except Exception as error:
                 # Whatever it is: the model is computing somebody's answer. `end` raises it.
                 self._error = error
@@ -115,15 +116,16 @@ class Recorder:
 
         Rows may have ended since, and their slots may be serving's again: those are not touched.
         """
+        self._pool.begin_waiting()
         rows: list[np.ndarray] = []
         values: dict[tuple[int, str], list[torch.Tensor]] = {}
         for batch in self._kept:
-            still = self._pool.still(batch.rows, batch.gens)
+            still = self._pool.still(batch.begun.rows, batch.begun.gens)
             if not still.any():
                 continue
-            rows.append(batch.rows[still])
+            rows.append(batch.begun.rows[still])
             for place, value in batch.values:
-                mine = value[batch.tokens]
+                mine = batch.of_rows(value)
                 values.setdefault(place, []).append(
                     mine if still.all() else mine[torch.from_numpy(still)]
                 )
@@ -145,29 +147,37 @@ class Recorder:
 class _Batch(NamedTuple):
     """Tokens that are recorded in one forward pass, and what was kept of them."""
 
-    rows: np.ndarray
-    gens: np.ndarray
-    """The rows' generations when the pass began."""
+    begun: Begun
     tokens: torch.Tensor | slice
-    """Which of the pass's tokens have the rows."""
+    """Which of the pass's tokens are to be recorded."""
     is_deferred: bool
     values: list[tuple[tuple[int, str], torch.Tensor]]
     """((layer, field), [tokens of the pass, width])."""
 
+    def of_rows(self, value: torch.Tensor) -> torch.Tensor:
+        """Of [tokens of the pass, width] those that have a row."""
+        return value[self.tokens][: self.begun.rows.size]
+
 
 class Tap(NamedTuple):
-    """A hook that is in its module's table only while a batch is recorded: torch calls a module with hooks by a slower
-    way, and a small model's decode step has some twenty of them.
+    """A module's `forward` that passes something on, in the module's place of it only while a batch is recorded. Not a
+    hook: torch calls a module that has one by a slower way, and a small model's decode step has some twenty of them.
     """
 
-    hooks: dict[int, _Hook]
-    hook: _Hook
+    module: torch.nn.Module
+    forward: Callable[..., Any]
+
+    def install(self) -> None:
+        self.module.__dict__["forward"] = self.forward
+
+    def remove(self) -> None:
+        self.module.__dict__.pop("forward", None)
 
 
 def taps_of(
     model: torch.nn.Module, layout: RowLayout, write_of: Callable[[int], _Write]
 ) -> list[Tap]:
-    """Hooks that pass each layer's activations on, in the order in which they come: x, q, k, attn, mid, gate_up.
+    """What passes each layer's activations on, in the order in which they come: x, q, k, attn, mid, gate_up.
 
     Args:
         model: SGLang's causal LM; LoRA wrappers, if any, already in place.
@@ -179,13 +189,28 @@ def taps_of(
     for index, layer in enumerate(model.model.layers):
         write, attention = write_of(index), layer.self_attn
         taps += [
-            Tap(layer.input_layernorm._forward_hooks, _residual(write, "x")),
-            Tap(layer.post_attention_layernorm._forward_hooks, _residual(write, "mid")),
-            Tap(attention.qkv_proj._forward_hooks, _qkv(write, q, k)),
-            Tap(attention.o_proj._forward_pre_hooks, _input(write, "attn")),
-            Tap(layer.mlp.gate_up_proj._forward_hooks, _output(write, "gate_up")),
+            _tap(layer.input_layernorm, _residual(write, "x")),
+            _tap(layer.post_attention_layernorm, _residual(write, "mid")),
+            _tap(attention.qkv_proj, _qkv(write, q, k)),
+            _tap(attention.o_proj, _input(write, "attn"), is_before=True),
+            _tap(layer.mlp.gate_up_proj, _output(write, "gate_up")),
         ]
     return taps
+
+
+def _tap(module: torch.nn.Module, note: _Note, *, is_before: bool = False) -> Tap:
+    original = module.forward
+
+    def before(*args: Any, **kwargs: Any) -> Any:
+        note(args, None)
+        return original(*args, **kwargs)
+
+    def after(*args: Any, **kwargs: Any) -> Any:
+        output = original(*args, **kwargs)
+        note(args, output)
+        return output
+
+    return Tap(module, before if is_before else after)
 
 
 def _is_functional(layer: torch.nn.Module) -> bool:
@@ -200,32 +225,32 @@ def _is_functional(layer: torch.nn.Module) -> bool:
     return all(o._forward_method == o.forward_native for o in operations)
 
 
-def _residual(write: _Write, field: str) -> _Hook:
-    def hook(module: Any, args: Any, output: Any) -> None:
+def _residual(write: _Write, field: str) -> _Note:
+    def note(args: Any, output: Any) -> None:
         # norm(x) → normed, at the bottom of the stack; norm(y, residual) → (normed, y + residual) above.
         write(field, output[1] if isinstance(output, tuple) else args[0])
 
-    return hook
+    return note
 
 
-def _qkv(write: _Write, q: int, k: int) -> _Hook:
-    def hook(module: Any, args: Any, output: Any) -> None:
+def _qkv(write: _Write, q: int, k: int) -> _Note:
+    def note(args: Any, output: Any) -> None:
         write("q", output[0][:, :q])
         if k:
             write("k", output[0][:, q : q + k])
 
-    return hook
+    return note
 
 
-def _input(write: _Write, field: str) -> _Hook:
-    def hook(module: Any, args: Any) -> None:
+def _input(write: _Write, field: str) -> _Note:
+    def note(args: Any, output: Any) -> None:
         write(field, args[0])
 
-    return hook
+    return note
 
 
-def _output(write: _Write, field: str) -> _Hook:
-    def hook(module: Any, args: Any, output: Any) -> None:
+def _output(write: _Write, field: str) -> _Note:
+    def note(args: Any, output: Any) -> None:
         write(field, output[0])
 
-    return hook
+    return note

@@ -58,15 +58,28 @@ class PoolMachine(RuleBasedStateMachine):
             self.owned.append(slots)
             self.content.update(self.world.record(slots))
 
-    @rule(times=st.integers(1, 8))
-    def decode(self, times):
-        """Tokens that are not recorded; the loop goes on between them, or does not."""
+    @rule(times=st.integers(1, 8), is_recorded=st.booleans(), goes_on=st.booleans())
+    def decode(self, times, is_recorded, goes_on):
+        """Tokens whose rows are begun together in the end, if they are recorded; the loop goes on between them, or does
+        not.
+        """
         self.pool.settle()
         self.pool.prepare()
+        steps = []
         for _ in range(times):
             slots = self.world.serve(1)
-            if slots is not None:
-                self.owned.append(slots)
+            if slots is None:
+                break
+            self.owned.append(slots)
+            if is_recorded and not self.pool.arrivals.is_deferred:
+                positions = torch.arange(slots.numel())
+                steps.append((slots, self.pool.record_later(slots, positions)))
+            if goes_on:
+                self.pool.prepare()
+        self.pool.begin_waiting()
+        for slots, begun in steps:
+            assert self.pool.still(begun.rows, begun.gens).all()
+            self.content.update(self.world.fill(begun.rows, slots))
 
     @rule(data=st.data())
     def finish(self, data):

@@ -120,6 +120,10 @@ class World:
         # Staged rows have no place of their own to be written to: `test_gpu_recorder.py` has those.
         is_graph = self.pool.arrivals.is_deferred
         rows = self.pool.record(slots, torch.arange(slots.numel()), is_graph=is_graph)
+        return self.fill(rows, slots)
+
+    def fill(self, rows: np.ndarray, slots: torch.Tensor) -> dict[int, float]:
+        """Write the rows of the first tokens in `slots`; what each slot's row holds."""
         held = {}
         for row, slot in zip(rows, slots.tolist(), strict=False):
             self.stamp += 1
@@ -189,18 +193,12 @@ def read(
 
 
 def bare_model() -> SimpleNamespace:
-    """What a recorder hooks, over modules that are never called: tests hand it what their hooks would."""
+    """What a recorder taps, of modules that are never called: tests hand it what would pass."""
 
-    def module() -> SimpleNamespace:
-        def forward(*args):
-            return args
-
-        return SimpleNamespace(
-            _forward_hooks={},
-            _forward_pre_hooks={},
-            _forward_method=forward,
-            forward_native=forward,
-        )
+    def module() -> torch.nn.Module:
+        found = torch.nn.Identity()
+        found._forward_method = found.forward_native = None
+        return found
 
     def layer() -> SimpleNamespace:
         attention = SimpleNamespace(qkv_proj=module(), o_proj=module(), rotary_emb=module())

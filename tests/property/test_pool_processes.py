@@ -79,7 +79,10 @@ def test_a_reader_is_right_or_refused_while_the_writer_works_and_when_it_was_kil
     reader = Reader(seed)
     try:
         told = []
-        for i in range(ASKED):
+        # On a busy machine the writer is seldom at work while the reader reads.
+        for i in range(10 * ASKED):
+            if i >= ASKED and min(reader.num_right, reader.num_revoked) > ASKED / 10:
+                break
             told.append(reader.ask())
             # It goes on meanwhile, for a random while.
             time.sleep((i * 7919 % 20) / 20_000)

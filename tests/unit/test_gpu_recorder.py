@@ -99,7 +99,7 @@ def test_a_replay_of_which_nothing_is_recorded_writes_nothing():
     assert all(torch.equal(a, b) for a, b in zip(before, (*world.k, *world.v), strict=True))
 
 
-def test_a_prefill_passes_the_hooks_of_decode_recording():
+def test_a_prefill_passes_the_taps_of_decode_recording():
     world = World(is_deferred=True)
     recorder = recorder_of(world, max_decode_tokens=2)
     slots = world.serve(4)

@@ -11,10 +11,10 @@ def recorder_of(world):
     return Recorder(bare_model(), world.layout, world.pool)
 
 
-def forward(recorder, world, slots, which=None):
-    """A pass over `slots`; token i's activations are i + 1 in the first layer, a half more in the second."""
-    assert recorder.begin(slots, torch.arange(slots.numel()), which)
-    tokens = torch.arange(1.0, slots.numel() + 1)[:, None]
+def forward(recorder, world, slots, which=None, *, is_decode=False, first=1.0):
+    """A pass over `slots`; token i's activations are `first` + i in the first layer, a half more in the second."""
+    assert recorder.begin(slots, torch.arange(slots.numel()), which, is_decode=is_decode)
+    tokens = first + torch.arange(slots.numel())[:, None]
     for layer in range(2):
         for field, width in world.layout.widths.items():
             if field not in ("keys", "values"):
@@ -71,3 +71,87 @@ def test_some_rows_of_a_pass_may_have_ended():
     recorder.flush()
     left = slots[[0, 3, 4]]
     assert [value for value, _ in world.read(found(world, left))] == [1, 4, 5]
+
+
+@pytest.mark.parametrize("host_rows", [0, 20])
+def test_decode_steps_begin_their_rows_together(host_rows):
+    """Two requests at once, the second one not recorded; then more tokens than there is room for on the device."""
+    world = World(host_rows=host_rows)
+    recorder, slots = recorder_of(world), world.serve(26)
+    for step in range(13):
+        pair = slots[2 * step : 2 * step + 2]
+        forward(recorder, world, pair, torch.tensor([0]), is_decode=True, first=10.0 * step)
+        assert (world.pool.gens == 0).all(), "a row has begun"
+    own = slots[::2]
+    recorder.flush()
+    world.pool.check_integrity()
+    rows = found(world, own)
+    seen = world.read(rows)
+    assert [value for value, _ in seen] == [10.0 * step for step in range(len(seen))]
+    assert [key for _, key in seen] == own[: len(seen)].tolist()
+    assert len(seen) == 13 if host_rows else 0 < len(seen) < 13
+    assert world.pool.num_held("b", slots[1::2], 13) == 0
+
+
+@pytest.mark.parametrize("what", ["free", "clear", "serve", "answer", "check_out"])
+def test_tokens_that_wait_for_their_rows_may_be_looked_at_or_gone(what):
+    world = World(host_rows=0)
+    recorder, slots = recorder_of(world), world.serve(4)
+    for step in range(4):
+        forward(recorder, world, slots[step : step + 1], is_decode=True, first=step)
+    left = [0.0, 1.0, 2.0, 3.0]
+    if what == "free":
+        world.allocator.free(slots[1:3])
+        slots, left = slots[[0, 3]], [0.0, 3.0]
+    elif what == "clear":
+        world.allocator.clear()
+        left = []
+    elif what == "serve":
+        # All of it: rows that wait may not take what serving has asked for.
+        assert world.serve(SIZE - 4) is not None
+        left = []
+    elif what == "answer":
+        world.pool.finish("a", slots, 4, 0.0)
+    else:
+        assert world.pool.num_held("a", slots, 4) == 4
+    world.pool.check_integrity()
+    recorder.flush()
+    rows = found(world, slots)
+    assert [value for value, _ in world.read(rows)] == left
+    world.pool.check_integrity()
+
+
+def test_rows_begin_late_where_serving_has_taken_back_what_was_ready():
+    world = World(host_rows=0)
+    recorder, slots = recorder_of(world), world.serve(8)
+    forward(recorder, world, slots)
+    recorder.flush()
+    own = world.serve(1)
+    world.allocator.free(slots[:2])
+    # The next slots come back from rows that were made ready for it, first of those that nobody has.
+    assert world.serve(len(world.allocator.free_pages)) is not None
+    world.pool.prepare()
+    taken = world.serve(3)
+    forward(recorder, world, own, is_decode=True, first=50.0)
+    recorder.flush()
+    assert not {*taken.tolist()} & {*world.pool.device.cells[world.pool.device.spare.all()].ravel()}
+    world.pool.check_integrity()
+    assert [value for value, _ in world.read(found(world, own))] in ([50.0], [])
+
+
+def test_a_module_is_tapped_while_it_is_recorded_only():
+    world = World(host_rows=0)
+    model = bare_model()
+    recorder = Recorder(model, world.layout, world.pool)
+    linear = model.model.layers[1].mlp.gate_up_proj
+    output = torch.arange(float(world.layout.widths["gate_up"]))[None]
+    slots = world.serve(2)
+    assert recorder.begin(slots[:1], torch.arange(1), is_decode=True)
+    assert linear((output,))[0] is output
+    recorder.end()
+    linear((output + 1,))
+    recorder.flush()
+    (row,) = found(world, slots[:1]).rows.tolist()
+    stored = torch.empty_like(output)
+    world.view.fetch(1, "gate_up", torch.tensor([row]), stored)
+    assert torch.equal(stored, output)
