@@ -12,7 +12,7 @@ The model: recording costs `fixed + per_token · n` seconds for a prompt of n to
 comes. With the chance p of a vote it pays from n = fixed / (p · saved − per_token) tokens on: `record_min_tokens_pP`.
 
 A third server records answers, too. `tpot_decode_recording`: the time of long answers to short prompts, one at a time,
-from it ÷ from the one that records prompts only; `tpot_decode_recording_8`: of eight at once.
+÷ that of its answers to requests that are not to be recorded; `tpot_decode_recording_8`: of eight at once.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import statistics
 import sys
 import tempfile
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +30,14 @@ import psutil
 from activation_options import full_status
 from bench_common import Row, Run, progress, quartiles
 from serving_servers import ALCHEMIST, Target
+from serving_targets import started
 
 from alchemist.server.main import TINY_MODEL
 
 LENGTHS = (16, 64, 256, 1024)
 CHANCES = (1.0, 0.3, 0.1)
 VOCABULARY = 1500
-SHORT, LONG = 16, 256
+SHORT, LONG = 16, 128
 """Tokens of the prompts and answers by which recording answers is judged."""
 TPOTS = {1: "tpot_decode_recording", 8: "tpot_decode_recording_8"}
 """By how many answers are given at once."""
@@ -43,10 +45,12 @@ TPOT_BAR = 1.02
 
 
 class Side:
-    """One of the two servers."""
+    """One server, ready, its training paused."""
 
     def __init__(self, target: Target) -> None:
         self.target = target
+        target.wait_ready()
+        target.http.post("/v1/training/pause").raise_for_status()
         self.seconds: dict[int, list[float]] = {n: [] for n in LENGTHS}
         """Answer times by prompt length."""
         self.processor: dict[int, float] = {}
@@ -64,11 +68,14 @@ class Side:
         self.seconds[len(prompt)].append(seconds)
         self._ids.append(answers[0]["meta_info"]["id"])
 
-    def generate(self, prompts: list[list[int]], num_tokens: int) -> tuple[float, list[Any]]:
+    def generate(
+        self, prompts: list[list[int]], num_tokens: int, *, record: bool = True
+    ) -> tuple[float, list[Any]]:
         """Answers of so many tokens, all at once; with the seconds they took."""
         body = {
             "input_ids": prompts,
             "sampling_params": {"max_new_tokens": num_tokens, "temperature": 0, "ignore_eos": True},
+            "alchemist": {"record": record},
         }
         started = time.perf_counter()
         answers = self.target.http.post("/generate", json=body).raise_for_status().json()
@@ -157,52 +164,48 @@ def measure(run: Run, none: Side, recording: Side, requests: int, batch: int) ->
     }
 
 
-def measure_answers(run: Run, prefill: Side, decode: Side, requests: int) -> None:
+def measure_answers(run: Run, side: Side, rounds: int) -> None:
     draw = random.Random(1)
     for at_once, name in TPOTS.items():
-        seconds: dict[Side, list[float]] = {prefill: [], decode: []}
-        for i in progress(range(requests), name):
+        seconds: dict[bool, list[float]] = {True: [], False: []}
+        for i in progress(range(rounds), name):
             prompts = [
                 [draw.randrange(10, VOCABULARY) for _ in range(SHORT)] for _ in range(at_once)
             ]
-            for side in (prefill, decode) if i % 2 else (decode, prefill):
+            for record in (True, False) if i % 2 else (False, True):
                 held = side.num_rows
-                seconds[side].append(side.generate(prompts, LONG)[0])
+                took, _ = side.generate(prompts, LONG, record=record)
                 side.settle()
-                if i == 0 and side is decode and side.num_rows - held < at_once * LONG:
-                    sys.exit(
-                        f"gate: {side.num_rows - held} rows of {at_once} answers of {LONG} tokens"
-                    )
-        ratios = [ours / its for ours, its in zip(seconds[decode], seconds[prefill], strict=True)]
+                recorded = side.num_rows - held
+                if i < 2 and (recorded >= at_once * LONG) != record:
+                    sys.exit(f"gate: {recorded} new rows, {at_once} answers of {LONG} tokens")
+                seconds[record].append(took)
+                side.target.http.post("/flush_cache").raise_for_status()
+        ratios = [ours / its for ours, its in zip(seconds[True], seconds[False], strict=True)]
         row = Row(name, statistics.median(ratios), "x", quartiles(ratios), len(ratios))
-        row.against, row.less_is_better, row.bar = "the same, prompts recorded", True, TPOT_BAR
+        row.against, row.less_is_better, row.bar = "the same, not recorded", True, TPOT_BAR
         run.add(row)
 
 
 def main() -> None:
     options = Run.parse(Run.parser(__doc__))
     run = Run("record", options)
-    requests, batch = (16, 4) if options.quick else (200, 16)
-    run.config = {"requests": requests, "votes": batch}
-    targets: list[Target] = []
-    with tempfile.TemporaryDirectory(prefix="bench-record-") as name:
-        folder = Path(name)
-        try:
-            for record in ("none", "prefill", "decode"):
-                flags = ["--model-path", str(TINY_MODEL), "--data-dir", str(folder / record)]
-                flags += ["--record", record, "--objective", "sft"]
-                flags += ["--train-batch-size", str(batch), "--train-max-wait", "600"]
-                targets.append(Target(record, ALCHEMIST, flags, folder))
-            for target in targets:
-                target.wait_ready()
-                target.http.post("/v1/training/pause").raise_for_status()
-            none, prefill, decode = map(Side, targets)
-            if any(run.wants(name) for name in TPOTS.values()):
-                measure_answers(run, prefill, decode, max(2, requests // 16))
-            if not options.only or not set(options.only.split(",")) <= set(TPOTS.values()):
-                measure(run, none, prefill, requests, batch)
-        finally:
-            Target.end(targets)
+    requests, batch, rounds = (16, 4, 2) if options.quick else (200, 16, 40)
+    run.config = {"requests": requests, "votes": batch, "rounds": rounds}
+    with tempfile.TemporaryDirectory(prefix="bench-record-") as name, ExitStack() as up:
+
+        def server(record: str) -> Target:
+            flags = ["--model-path", str(TINY_MODEL), "--data-dir", f"{name}/{record}"]
+            flags += ["--record", record, "--objective", "sft"]
+            flags += ["--train-batch-size", str(batch), "--train-max-wait", "600"]
+            return up.enter_context(started(record, ALCHEMIST, flags, Path(name)))
+
+        if any(run.wants(name) for name in TPOTS.values()):
+            measure_answers(run, Side(server("decode")), rounds)
+            up.close()
+        if not options.only or not set(options.only.split(",")) <= {*TPOTS.values()}:
+            targets = [server(record) for record in ("none", "prefill")]
+            measure(run, *map(Side, targets), requests, batch)
     run.finish()
 
 

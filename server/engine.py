@@ -380,7 +380,9 @@ class Engine:
         """Called once a loop, before the requests are looked at."""
         if requests:
             self.lease.set_engine_busy(True)
-            self._opted_out.update(r.rid for r in requests if _is_opted_out(r))
+            # A batch of the native API is one of them.
+            every = (one for r in requests for one in getattr(r, "batch", (r,)))
+            self._opted_out.update(one.rid for one in every if _is_opted_out(one))
         if self._was_prefill:
             self._was_prefill = False
             self._flush()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import uuid
 
 import pytest
+from live import wait_for
 from openai import OpenAI
 
 PROMPTS = [
@@ -74,7 +75,7 @@ def test_a_request_can_ask_not_to_be_recorded(server, said, is_recorded):
     assert receipt["recorded_tokens"] == (receipt["prompt_tokens"] if is_recorded else 0)
 
 
-def test_a_stream_and_a_text_completion_can_ask_not_to_be_recorded(server):
+def test_a_stream_a_text_completion_and_a_batch_can_ask_not_to_be_recorded(server):
     client = OpenAI(base_url=f"{server.url}/v1", api_key="none")
     chunks = client.chat.completions.create(
         model="base",
@@ -87,7 +88,9 @@ def test_a_stream_and_a_text_completion_can_ask_not_to_be_recorded(server):
     text = client.completions.create(
         model="base", prompt="Six and six is", max_tokens=4, extra_body={**NO, "cache_salt": "text"}
     )
-    for completion_id in (*ids, text.id):
+    body = {"text": ["One and one is", "Two and two is"], "sampling_params": {"max_new_tokens": 4}}
+    batch = server.http.post("/generate", json={**body, **NO}).raise_for_status().json()
+    for completion_id in (*ids, text.id, *(answer["meta_info"]["id"] for answer in batch)):
         receipt = server.receipt(completion_id)
         assert (receipt["recorded_tokens"], receipt["prompt_tokens"] > 0) == (0, True)
 
@@ -113,6 +116,7 @@ def test_a_choice_that_cannot_be_understood_is_refused(server, said, named, stre
 
 
 def test_without_training_votes_are_kept(silent):
-    vote = silent.vote(silent.chat("Hello!")["id"], "up")
-    assert vote["state"] == "pending"
+    vote = silent.vote(silent.chat("Hello!")["id"], "up")["id"]
+    # The answer is here before the report that its request has ended.
+    wait_for(lambda: silent.http.get(f"/v1/feedback/{vote}").json()["state"] == "pending", 30, "it")
     assert silent.training()["state"] == "off"
