@@ -4,7 +4,7 @@
     trainer  ◄── DEALER/ROUTER ────► main        trainer.ipc    TrainerHello, TrainerReady, Welcome, Train,
                                                    StepDone, StepFailed, Stop
     trainer  ◄── DEALER/ROUTER ────► scheduler   rows-tpN.ipc   CheckOut, CheckedOut, CheckIn
-    main     ◄── DEALER/ROUTER ────► scheduler   rows-tpN.ipc   Voted, AskRows, RowStats
+    main     ◄── DEALER/ROUTER ────► scheduler   rows-tpN.ipc   Voted, Fresh, AskRows, RowStats
 
 All sockets live in a 0700 directory. Encoding: msgpack, maps, tagged by class name. Token ids travel as little-endian
 int32 bytes, logprobs as float32, slots/rows as int64. New fields are appended with defaults.
@@ -215,6 +215,13 @@ class Voted(_Message, kw_only=True, frozen=True):
     rid: str
 
 
+class Fresh(_Message, kw_only=True, frozen=True):
+    """Another version is live: of which adapters' answers the trainer would still take rows."""
+
+    lora_ids: list[str]
+    """As SGLang names adapters; "": the base model."""
+
+
 class AskRows(_Message, kw_only=True, frozen=True):
     """How is the activation pool?"""
 
@@ -229,7 +236,7 @@ class RowStats(_Message, kw_only=True, frozen=True):
 
 ToMain = SchedulerHello | Finished | TrainerHello | TrainerReady | StepDone | StepFailed | RowStats
 ToTrainer = Welcome | Train | Stop | CheckedOut
-ToScheduler = CheckOut | CheckIn | Voted | AskRows
+ToScheduler = CheckOut | CheckIn | Voted | Fresh | AskRows
 
 _encoder = msgspec.msgpack.Encoder()
 _to_main: msgspec.msgpack.Decoder[ToMain] = msgspec.msgpack.Decoder(ToMain)

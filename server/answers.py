@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 
 from alchemist.server.appraisal import Completion, FeedbackDelays, worth
@@ -21,6 +23,8 @@ class Answers:
         self.wants = np.zeros_like(gen)
         self.delays = FeedbackDelays()
         self._completions: dict[str, Completion] = {}
+        self._fresh = frozenset({""})
+        self._known = {""}
         self._num_tokens = 0
         self.num_voted_tokens = 0
         """Tokens of completions that were voted on, and how many of them had a row when the vote came."""
@@ -32,13 +36,28 @@ class Answers:
     def get(self, rid: str) -> Completion | None:
         return self._completions.get(rid)
 
-    def add(self, rid: str, records: Ids, now: float) -> Ids:
+    def is_fresh(self, served_by: str) -> bool:
+        """Whether the trainer would take rows of the adapter's answers. Of one it has never heard of it will: a new
+        version may answer before this is told.
+        """
+        return served_by in self._fresh or served_by not in self._known
+
+    def keep_fresh(self, adapters: Iterable[str]) -> None:
+        """Of the adapters known so far the trainer would take rows of these ones' answers only; "": the base model."""
+        self._fresh = frozenset(adapters)
+        self._known |= self._fresh
+        for completion in self._completions.values():
+            completion.is_stale = not self.is_fresh(completion.served_by)
+
+    def add(self, rid: str, records: Ids, now: float, served_by: str) -> Ids:
         """A request has ended with `records`, −1 where a token has none. Records that nobody wants any more, because
         what is remembered is bounded by what records there are.
         """
         unwanted = [self.drop(rid, now)]
         self.wants[records[records >= 0]] += 1
-        self._completions[rid] = Completion(records, self._gen[records], now)
+        completion = Completion(records, self._gen[records], now, served_by)
+        completion.is_stale = not self.is_fresh(served_by)
+        self._completions[rid] = completion
         self._num_tokens += records.size
         while self._num_tokens > 4 * self._gen.size and len(self._completions) > 1:
             unwanted.append(self.drop(next(iter(self._completions)), now))

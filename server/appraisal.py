@@ -35,8 +35,12 @@ class Completion:
     """The records' generations when it finished."""
     finished: float
     """Monotonic seconds."""
+    served_by: str = ""
+    """Adapter, as SGLang names it; "": the base model."""
     voted: float | None = None
     is_consumed: bool = False
+    is_stale: bool = False
+    """Whether it would be computed again all the same, its version being too old."""
 
     def is_alive(self, gen: np.ndarray) -> np.ndarray:
         """Which of `records` are still its own: bool."""
@@ -100,7 +104,7 @@ def worth(
     now: float,
     num_records: int,
 ) -> np.ndarray:
-    """Chance, by record, that some completion that has it will be voted on: float64 [num_records]. Records of no
+    """Chance, by record, that it will be read for some completion that has it: float64 [num_records]. Records of no
     completion, whose answers are still being written, get the prior.
     """
     known = list(completions)
@@ -112,6 +116,8 @@ def worth(
         chance = CONSUMED if completion.is_consumed else CERTAIN
         if completion.voted is None and not completion.is_consumed:
             chance = float(next(chances))
+        if completion.is_stale:
+            chance = 0.0
         records = completion.alive(gen)
         none[records] += np.log1p(-chance)
         seen[records] = True

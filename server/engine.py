@@ -47,8 +47,8 @@ GPU_PORTION_BYTES = 64 << 20
 """The same over a link of some 50 GB/s: about a millisecond."""
 HEDGE_S = 0.05
 """How often such a portion is enqueued while requests run, at most: it takes the scheduler about a millisecond."""
-APPRAISE_S = 1.0
-"""How often the rows' values are brought up to date, at most."""
+APPRAISE_S, BUSY_APPRAISE_S = 1.0, 10.0
+"""How often the rows' values are brought up to date, at most: when nobody waits, and when requests run."""
 
 
 class Engine:
@@ -241,7 +241,10 @@ class Engine:
         if is_decode:
             if self.config.record != "decode" or not batch.forward_mode.is_decode():
                 return False
-            wanted = [self._is_wanted(rid) for rid in batch.rids]
+            wanted = [
+                self._is_wanted(rid, lora_id)
+                for rid, lora_id in zip(batch.rids, _adapters(batch), strict=False)
+            ]
             which = None if all(wanted) else torch.nonzero(torch.tensor(wanted)).flatten()
         else:
             self._was_prefill = True
@@ -255,19 +258,20 @@ class Engine:
         """Which tokens of a prefill are to be recorded; None: all."""
         lengths, total = batch.extend_seq_lens_cpu, batch.seq_lens_cpu.tolist()
         wanted = [
-            length >= self.config.record_min_tokens and self._is_wanted(rid)
-            for rid, length in zip(batch.rids, total, strict=True)
+            length >= self.config.record_min_tokens and self._is_wanted(rid, lora_id)
+            for rid, lora_id, length in zip(batch.rids, _adapters(batch), total, strict=False)
         ]
         if all(wanted):
             return None
         mask = torch.tensor(wanted).repeat_interleave(torch.as_tensor(lengths))
         return torch.nonzero(mask).flatten()
 
-    def _is_wanted(self, rid: str) -> bool:
-        """Whether a request is to be recorded: it has not been opted out, and it is in the share of those that are. By
-        its id, so that all its chunks and steps are treated alike.
+    def _is_wanted(self, rid: str, lora_id: str | None) -> bool:
+        """Whether a request is to be recorded: it has not been opted out, its version is not too old to be trained
+        from, and it is in the share of those that are. By its id, so that all its chunks and steps are treated alike.
         """
-        if rid in self._opted_out:
+        assert self.pool is not None
+        if rid in self._opted_out or not self.pool.is_fresh(lora_id or ""):
             return False
         fraction = self.config.record_fraction
         return fraction >= 1 or zlib.crc32(rid.encode()) < fraction * 2**32
@@ -367,12 +371,14 @@ class Engine:
                 # The last token was sampled and never computed.
                 token_ids += list(req.output_ids_through_stop)[:-1]
             slots = match_slots(tree_cache, token_ids, req.extra_key)
-            rid, length, now = req.rid, len(token_ids), time.monotonic()
-            self.pool.arrivals.then((slots,), partial(self._release, rid, length, now))
+            of = (req.rid, len(token_ids), time.monotonic(), req.lora_id or "")
+            self.pool.arrivals.then((slots,), partial(self._release, *of))
 
-    def _release(self, rid: str, length: int, now: float, slots: torch.Tensor) -> None:
+    def _release(
+        self, rid: str, length: int, now: float, served_by: str, slots: torch.Tensor
+    ) -> None:
         assert self.pool is not None
-        self.pool.finish(rid, slots, length, now)
+        self.pool.finish(rid, slots, length, now, served_by)
 
     # The scheduler's loop
 
@@ -390,6 +396,7 @@ class Engine:
             self._open_desk(scheduler)
         self._settle()
         self._hedge_beside()
+        self._appraise(BUSY_APPRAISE_S)
         self.serve_desk()
         self._prepare()
 
@@ -397,8 +404,10 @@ class Engine:
         """Nothing waits and nothing runs: the trainer may."""
         if scheduler.is_fully_idle():
             self.lease.set_engine_busy(False)
-            # What was sampled past the end of an aborted request belongs to nobody.
+            # What was sampled past the end of an aborted request belongs to nobody, nor does what one wanted that was
+            # aborted before it began.
             self._logprobs.clear()
+            self._opted_out.clear()
             self._keep_house(scheduler)
         # It may sleep for long, and somebody may wait for what has not been settled.
         self._settle(True)
@@ -413,16 +422,21 @@ class Engine:
         """What the pool has to do when nobody waits: appraise, and copy to the host, a portion at a time."""
         if self.pool is None or self.pool.stopped is not None:
             return
-        now = time.monotonic()
-        if now - self._appraised > APPRAISE_S:
-            self.pool.appraise(now)
-            self._appraised = now
+        self._appraise(APPRAISE_S)
         self._flush()
         sleeper = scheduler.idle_sleeper
         while self.pool.hedge(self._rows_per_portion):
             # A scheduler that does not sleep comes back by itself.
             if sleeper is None or not self.lease.is_granted or sleeper.poller.poll(0):
                 return
+
+    @harmless(None)
+    def _appraise(self, interval_s: float) -> None:
+        now = time.monotonic()
+        if self.pool is None or self.pool.stopped is not None or now - self._appraised < interval_s:
+            return
+        self._appraised = now
+        self.pool.appraise(now)
 
     @harmless(None)
     def _hedge_beside(self) -> None:
@@ -483,9 +497,13 @@ class Engine:
         if isinstance(message, messages.AskRows):
             stats = self.pool.stats() if self.pool is not None else {}
             return messages.RowStats(ticket=message.ticket, stats=msgspec.json.encode(stats))
-        if self.pool is not None and isinstance(message, messages.Voted):
+        if self.pool is None:
+            return None
+        if isinstance(message, messages.Voted):
             self.pool.voted(message.rid, time.monotonic())
-        elif self.pool is not None:
+        elif isinstance(message, messages.Fresh):
+            self.pool.keep_fresh(message.lora_ids)
+        else:
             self._check_in((peer, message.ticket))
             for rid in message.consumed:
                 self.pool.consumed(rid)
@@ -534,6 +552,12 @@ class Engine:
 
     def close(self) -> None:
         self._context.destroy(linger=1000)
+
+
+def _adapters(batch: Any) -> Sequence[str | None]:
+    """Of each request of a pass, and of what a graph's batch is filled up with."""
+    found: Sequence[str | None] = batch.lora_ids or [None] * len(batch.rids)
+    return found
 
 
 def _is_opted_out(request: Any) -> bool:

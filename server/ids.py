@@ -34,5 +34,15 @@ class IdStack:
             self._ids[self._count : end] = ids
         self._count = end
 
+    def remove(self, ids: Ids) -> None:
+        """Take out these, wherever they are; they must be there."""
+        kept = self.all()
+        # Mostly the uppermost.
+        if not np.array_equal(kept[self._count - ids.size :], ids):
+            kept = kept[~np.isin(kept, ids)]
+            assert kept.size == self._count - ids.size
+            self._ids[: kept.size] = kept
+        self._count -= ids.size
+
     def reset(self, ids: Ids) -> None:
         self._ids, self._count = ids.copy(), ids.size

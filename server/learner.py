@@ -168,6 +168,7 @@ class Learner:
                     await self.publisher.load(version, paths[version])
         parents = {v.version: v.parent for v in versions}
         self.publisher.live = await self._restore_live(recovery.live, paths, parents)
+        await self._tell_fresh()
         if recovery.staged is not None and recovery.staged in paths:
             await self._publish(recovery.staged, paths[recovery.staged], self.live)
         logger.info(
@@ -291,7 +292,7 @@ class Learner:
                 )
                 if not is_due:
                     continue
-                items = await self.ledger.next_batch(size, pairs=pairs)
+                items = await self.ledger.next_batch(size, pairs=pairs, versions=self._fresh)
                 # Votes may have been deleted since they were counted.
                 if items:
                     await self._train(items)
@@ -386,15 +387,31 @@ class Learner:
             self.paused = True
             return
         await self.ledger.set_version_state(version, "live", None)
-        self._went_live(version)
+        await self._went_live(version)
         logger.info("v%d is live (probe difference %.2g nats)", version, difference)
         await self.publisher.retire({version})
         await self._prune()
 
-    def _went_live(self, version: int) -> None:
+    @property
+    def _fresh(self) -> tuple[int, int]:
+        """First and last version whose answers are differentiated at the version that served them. Votes on those are
+        trained first: where more come than can be trained, waiting in line would make every one of them stale.
+        """
+        return max(0, self.live - self.config.max_staleness), self.live
+
+    async def _went_live(self, version: int) -> None:
         self.publisher.live = version
+        await self._tell_fresh()
         if self._metrics is not None:
             self._metrics.on_live(version)
+
+    async def _tell_fresh(self) -> None:
+        if self.config.no_train:
+            return
+        first, last = self._fresh
+        loaded = self.publisher.loaded
+        adapters = [loaded[v] for v in sorted(loaded) if first <= v <= last]
+        await self._rows.fresh([*([] if first else [""]), *adapters])
 
     async def _prune(self) -> None:
         """Delete the directories of versions beyond --keep-versions that nothing needs."""
@@ -444,7 +461,7 @@ class Learner:
             except PublishRefused as error:
                 raise Conflict(str(error)) from error
         await self.ledger.set_version_state(version, "live", None)
-        self._went_live(version)
+        await self._went_live(version)
 
     async def rollback(self) -> None:
         """Make the live version's nearest servable ancestor live.

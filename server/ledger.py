@@ -53,6 +53,8 @@ _PRUNE_EVERY = 1024
 _MAX_UNSAVED = 4096
 _ID = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 
+_ANY_VERSION = (0, 2**63 - 1)
+
 
 class Ledger(VersionTables):
     """One data directory's ledger; see the module. `close` when done."""
@@ -314,8 +316,11 @@ class Ledger(VersionTables):
 
     # Training
 
-    def next_batch(self, limit: int, *, pairs: bool = False) -> Answer[list[TrainingItem]]:
-        """The oldest pending votes, at most `limit`, with their completions; they are claimed.
+    def next_batch(
+        self, limit: int, *, pairs: bool = False, versions: tuple[int, int] = _ANY_VERSION
+    ) -> Answer[list[TrainingItem]]:
+        """Pending votes, at most `limit`, with their completions; they are claimed. The oldest ones, but first those on
+        answers of `versions`, first and last.
 
         With `pairs`, those that make preference pairs; the last pair is kept whole.
 
@@ -323,7 +328,7 @@ class Ledger(VersionTables):
         """
 
         def operation(db: sqlite3.Connection) -> list[TrainingItem]:
-            matches = (votes.pick_pairs if pairs else votes.pick_oldest)(db, limit)
+            matches = (votes.pick_pairs if pairs else votes.pick_oldest)(db, limit, versions)
             completion_columns = ", ".join(f"c.{c}" for c in COMPLETION_COLUMNS.split(", "))
             rows = db.execute(
                 f"SELECT f.id AS feedback_id, f.rating, f.correction, {completion_columns}"
@@ -362,7 +367,7 @@ class Ledger(VersionTables):
     def num_trainable(self, limit: int, *, pairs: bool = False) -> Answer[int]:
         """How many votes `next_batch` would give. With `pairs` it compares the prompts of all pending votes."""
         pick = votes.pick_pairs if pairs else votes.pick_oldest
-        return self._store.read(lambda db: len(pick(db, limit)))
+        return self._store.read(lambda db: len(pick(db, limit, _ANY_VERSION)))
 
     def pending_since(self) -> Answer[float | None]:
         """Unix time in seconds since when the oldest pending vote is pending; None: there is none."""

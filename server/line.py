@@ -72,17 +72,13 @@ class Line:
 class Ready:
     """Rows whose slots serving gets next, the first one first: spare ones, those with a copy, those without. What is
     needed of them then is here beforehand: a scheduler that has just computed a batch has none of this in its caches.
+
+    Rows may end meanwhile and become spare. They keep their slots by that, so they are given all the same, if not as
+    early as they might: see `is_stale`.
     """
 
     def __init__(
-        self,
-        rows: Ids,
-        gens: Ids,
-        pages: Ids,
-        listed: torch.Tensor,
-        *,
-        num_spare: int,
-        num_free: int,
+        self, rows: Ids, gens: Ids, pages: Ids, listed: torch.Tensor, *, num_free: int
     ) -> None:
         """Args:
         rows: [n] on the device; nobody reads them.
@@ -93,17 +89,25 @@ class Ready:
         """
         self.rows, self._gens = rows, gens
         self._pages, self._listed, self._pages_per_row = pages.reshape(-1), listed, pages.shape[1]
-        self.num_spare, self._num_free = num_spare, num_free
-        self.num_taken = 0
+        self._num_free = num_free
+        self._num_taken = self._num_entered = 0
+        self.is_stale = False
+        """Whether rows have become spare that should come first."""
 
     @property
     def num_left(self) -> int:
-        return self.rows.size - self.num_taken
+        return self.rows.size - self._num_taken
 
     def take(self, count: int, more: int, gens: Ids) -> Loan:
         """End `count` rows in `gens`, or up to `more` if nothing is lost by it; their pages."""
-        first = self.num_taken
-        last = self.num_taken = first + max(count, min(more, self._num_free - first))
+        first = self._num_taken
+        last = self._num_taken = first + max(count, min(more, self._num_free - first))
         gens[self.rows[first:last]] = self._gens[first:last]
         part = slice(first * self._pages_per_row, last * self._pages_per_row)
         return self._pages[part], self._listed[part]
+
+    def enter(self) -> Ids:
+        """Rows that have been taken since this was last asked."""
+        rows = self.rows[self._num_entered : self._num_taken]
+        self._num_entered = self._num_taken
+        return rows

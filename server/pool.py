@@ -28,7 +28,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial, wraps
 from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar
 
@@ -92,11 +92,14 @@ class CheckedOut(NamedTuple):
     """For `check_in`."""
 
 
+_NOBODY: Ids = np.empty(0, np.int64)
+
+
 class Begun:
     """Rows of the first of some tokens, and their generations; none as long as the tokens wait."""
 
-    def __init__(self) -> None:
-        self.rows = self.gens = np.empty(0, np.int64)
+    def __init__(self, rows: Ids = _NOBODY, gens: Ids = _NOBODY) -> None:
+        self.rows, self.gens = rows, gens
 
 
 class ActivationPool:
@@ -224,9 +227,8 @@ class ActivationPool:
         self._to_hedge.clear()
         self._waiting.clear()
         self._ready = None
-        nobody = np.empty(0, np.int64)
-        self._line.reset(nobody)
-        self._copied_line.reset(nobody)
+        self._line.reset(_NOBODY)
+        self._copied_line.reset(_NOBODY)
         self.arrivals.forget()
         self._lender.give_all()
 
@@ -389,13 +391,18 @@ class ActivationPool:
         if slots.numel():
             self.arrivals.then((slots,), self._end_slots)
 
-    @caught_up
     def _end_slots(self, slots: torch.Tensor) -> None:
         index = slots.numpy()
         page = self._lender.page_size
         if page > 1:
             pages = np.unique(index // page)
             index = (pages[:, None] * page + np.arange(page)).reshape(-1)
+        if any(np.isin(waiting.numpy(), index).any() for _, waiting, _ in self._waiting):
+            self.begin_waiting()
+        # Serving frees slots and wants others in the same loop: what is ready for it stays.
+        self._enter()
+        if self._ready is not None:
+            self._ready.is_stale = True
         self._leave(index)
 
     def _leave(self, index: Ids) -> None:
@@ -441,29 +448,35 @@ class ActivationPool:
         """Choose the rows that serving gets next if it wants slots. To be called last in a loop: whatever else looks at
         the tables undoes it.
         """
-        if self._ready is not None or not self._lender.num_lent or self._lender.has_plenty:
+        if not self._lender.num_lent or self._lender.has_plenty:
             return
         room = READY_SLOTS // self.layout.slots_per_row
+        ready = self._ready
+        if ready is not None and not ready.is_stale:
+            is_all = ready.rows.size < room
+            if is_all or ready.num_left > room // 2:
+                return
+        self._catch_up()
         spare = self.device.spare.all()[::-1][:room]
         copied, lone = self._next(room - spare.size)
         rows = np.concatenate((spare, copied, lone))
         num_free = spare.size + copied.size
         pages = self.device.pages(rows)
         _, listed = self._lender.loan(pages.reshape(-1))
-        self._ready = Ready(
-            rows, self.gens[rows] + 1, pages, listed, num_spare=spare.size, num_free=num_free
-        )
+        self._ready = Ready(rows, self.gens[rows] + 1, pages, listed, num_free=num_free)
 
     def _catch_up(self) -> None:
+        """Bring the tables up to date; nothing is ready any more."""
+        self._enter()
+        self._ready = None
+
+    def _enter(self) -> None:
         """Enter into the tables what serving has taken of the rows that were ready."""
-        ready, self._ready = self._ready, None
-        if ready is None or not ready.num_taken:
-            return
-        # They are the uppermost.
-        self.device.give_back(min(ready.num_taken, ready.num_spare))
-        rows = ready.rows[ready.num_spare : ready.num_taken]
-        self._reclaim(self._record_of_device[rows])
-        self.device.give_back(rows.size)
+        rows = _NOBODY if self._ready is None else self._ready.enter()
+        if rows.size:
+            records = self._record_of_device[rows]
+            self._reclaim(records[records >= 0])
+            self.device.gone(rows)
 
     def _provide(self, count: int) -> int:
         """Have spare rows for `count` tokens; for how many there are."""
@@ -541,8 +554,8 @@ class ActivationPool:
                 continue
             to = np.sort(self._free_host.pop(records.size))
             self._num_copying += to.size
-            begun = time.perf_counter()
-            hedged = partial(self._hedged, records, self._gen[records], to, begun)
+            started = time.perf_counter()
+            hedged = partial(self._hedged, records, self._gen[records], to, started)
             # Slots that were freed before the copy was complete have to be known before it counts as one.
             self.device.copy_to(
                 self.host,
@@ -554,9 +567,9 @@ class ActivationPool:
             return int(records.size)
         return 0
 
-    def _hedged(self, records: Ids, gens: Ids, to: Ids, begun: float) -> None:
+    def _hedged(self, records: Ids, gens: Ids, to: Ids, started: float) -> None:
         """Copies of rows are complete in the host rows `to`; rows may have ended meanwhile."""
-        self._copy_s += time.perf_counter() - begun
+        self._copy_s += time.perf_counter() - started
         self._copied_bytes += to.size * self.layout.row_bytes
         self._num_copying -= to.size
         alive = self._gen[records] == gens
@@ -579,21 +592,34 @@ class ActivationPool:
     # Answers
 
     @caught_up
-    def finish(self, rid: str, slots: torch.Tensor, length: int, now: float) -> None:
+    def finish(
+        self, rid: str, slots: torch.Tensor, length: int, now: float, served_by: str = ""
+    ) -> None:
         """A request has ended. It may be voted on from now on.
 
         Args:
             slots: of its prompt's prefix that is in the KV cache.
             length: of the prompt.
             now: monotonic seconds, here and below.
+            served_by: adapter; "": the base model.
         """
         records = np.full(length, -1)
         records[: slots.numel()] = self.record_of_slot[slots.numpy()]
-        self._unwanted(self.answers.add(rid, records, now))
+        self._unwanted(self.answers.add(rid, records, now, served_by))
 
     def voted(self, rid: str, now: float) -> None:
         """A vote on the completion has come: its rows will be read soon."""
         self.answers.voted(rid, now)
+
+    def is_fresh(self, served_by: str) -> bool:
+        """Whether rows of the adapter's answers would be read."""
+        return self.answers.is_fresh(served_by)
+
+    def keep_fresh(self, adapters: Iterable[str]) -> None:
+        """Another version is live: see `Answers.keep_fresh`. Rows of other answers are worth nothing from the next
+        `appraise` on.
+        """
+        self.answers.keep_fresh(adapters)
 
     def consumed(self, rid: str) -> None:
         """The completion's vote was trained."""

@@ -72,11 +72,10 @@ class Recorder:
         if defer and is_decode:
             begun = self._pool.record_later(slots, positions)
         else:
-            begun = Begun()
-            begun.rows = self._pool.record(slots, positions)
-            begun.gens = self._pool.gens[begun.rows]
-            if not begun.rows.size:
+            rows = self._pool.record(slots, positions)
+            if not rows.size:
                 return False
+            begun = Begun(rows, self._pool.gens[rows])
         self._batch = _Batch(begun, slice(None) if which is None else which, defer, [])
         if defer:
             self._kept.append(self._batch)

@@ -28,6 +28,10 @@ class RowLink:
         """A vote on a completion is on disk."""
         await self._socket.send(messages.encode(messages.Voted(rid=rid)))
 
+    async def fresh(self, lora_ids: list[str]) -> None:
+        """Rows of these adapters' answers, and of no others, can still be trained from; "": the base model."""
+        await self._socket.send(messages.encode(messages.Fresh(lora_ids=lora_ids)))
+
     async def stats(self, timeout: float = 1.0) -> dict[str, Any]:
         """See `ActivationPool.stats`; empty when nothing is recorded, or when the scheduler, which answers between two
         batches, has not answered within `timeout` seconds.

@@ -87,6 +87,11 @@ class DeviceTier:
         self._without_slots.push(rows)
         return self.pages(rows).reshape(-1)
 
+    def gone(self, rows: Ids) -> None:
+        """Serving has the slots of these spare rows again."""
+        self.spare.remove(rows)
+        self._without_slots.push(rows)
+
     def pages(self, rows: Ids) -> Ids:
         """Of rows with slots, [n, pages of a row]."""
         return self._pages(self.cells[rows])

@@ -53,22 +53,29 @@ def list_feedback(
     return [to_feedback(row) for row in rows[:limit]], len(rows) > limit
 
 
-def pick_oldest(db: sqlite3.Connection, limit: int) -> dict[str, str]:
-    """The oldest pending votes, at most `limit`: feedback id → no pair."""
-    query = "SELECT id FROM feedback WHERE state = 'pending' ORDER BY seq LIMIT ?"
-    return dict.fromkeys((row["id"] for row in db.execute(query, (limit,))), "")
+_PENDING = """FROM feedback f JOIN completions c ON c.id = f.completion_id
+    WHERE f.state = 'pending' ORDER BY c.version NOT BETWEEN ? AND ?, f.seq"""
+"""First the votes on answers of the versions between two, and of those the oldest."""
 
 
-def pick_pairs(db: sqlite3.Connection, limit: int) -> dict[str, str]:
-    """Pending votes that make preference pairs, feedback id → pair: about `limit`, the oldest pairs first.
+def pick_oldest(db: sqlite3.Connection, limit: int, versions: tuple[int, int]) -> dict[str, str]:
+    """Pending votes, at most `limit`: feedback id → no pair. Those on answers of `versions` (first and last) come
+    first, and of two alike the older one.
+    """
+    rows = db.execute(f"SELECT f.id {_PENDING} LIMIT ?", (*versions, limit))
+    return dict.fromkeys((row["id"] for row in rows), "")
+
+
+def pick_pairs(db: sqlite3.Connection, limit: int, versions: tuple[int, int]) -> dict[str, str]:
+    """Pending votes that make preference pairs, feedback id → pair: about `limit`, in the same order.
 
     A vote with a correction is a pair by itself. Of others, two make one: opposite votes on different answers
     to the same prompt. A vote without a partner is left out, and stays pending.
     """
     rows = db.execute(
-        "SELECT f.id, f.rating, f.correction IS NOT NULL AS is_pair, c.prompt_ids, c.response_ids"
-        " FROM feedback f JOIN completions c ON c.id = f.completion_id"
-        " WHERE f.state = 'pending' ORDER BY f.seq"
+        "SELECT f.id, f.rating, f.correction IS NOT NULL AS is_pair, c.prompt_ids, c.response_ids "
+        + _PENDING,
+        versions,
     )
     picked: dict[str, str] = {}
     alone: dict[tuple[bytes, int], dict[str, bytes]] = {}

@@ -45,11 +45,13 @@ class PoolMachine(RuleBasedStateMachine):
         """Tickets of a trainer that has died."""
         self.clock = 0.0
 
-    @rule(count=st.integers(1, 12))
-    def prefill(self, count):
+    @rule(count=st.integers(1, 12), evicts=st.booleans(), data=st.data())
+    def prefill(self, count, evicts, data):
         # Once a loop.
         self.pool.settle()
         self.pool.prepare()
+        if evicts:
+            self.free(data)
         free = self.allocator.available_size()
         slots = self.world.serve(count)
         # A loan is never felt.
@@ -94,6 +96,9 @@ class PoolMachine(RuleBasedStateMachine):
             self.answers[rid] = [(s, self.content.get(s, -1.0)) for s in slots.tolist()]
 
     @rule(data=st.data())
+    def freed(self, data):
+        self.free(data)
+
     def free(self, data):
         if self.owned:
             slots = self.owned.pop(data.draw(st.integers(0, len(self.owned) - 1)))

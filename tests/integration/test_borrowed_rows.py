@@ -66,9 +66,21 @@ def test_a_late_vote_finds_its_rows_on_the_host(crowded):
     assert after["tokens_recomputed"] - before["tokens_recomputed"] == tokens - held
 
 
+def test_log_probabilities_of_a_recorded_answer_are_those_that_were_served(crowded):
+    answer = crowded.chat("What color is a banana? And what is 2 + 3?", max_tokens=24)
+    tokens = answer["usage"]["total_tokens"] - 1
+    hedged(crowded)
+    before = crowded.training()["tokens_reused"]
+    crowded.vote(answer["id"], "up")
+    status = crowded.flush()
+    assert status["tokens_reused"] - before == tokens
+    served = crowded.receipt(answer["id"])["response_logprobs"]
+    assert status["last_step"]["logps/chosen"] == pytest.approx(sum(served), abs=1e-4)
+
+
 def test_serving_takes_slots_back_in_microseconds(crowded):
     crowd(crowded)
     found = rows(crowded)
     assert found["slots_reclaimed"] > 0
-    # A promise of the order of magnitude; the figure itself is the benchmark's.
-    assert found["reclaim_p99_us_per_1000"] < 50_000
+    # On a machine that does other things, too; the figure itself is the benchmark's.
+    assert found["reclaim_p99_us_per_1000"] < 2_000

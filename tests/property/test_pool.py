@@ -92,6 +92,57 @@ def test_rows_of_answers_that_will_not_be_voted_on_go_first():
     assert (world.pool.record_of_slot[b.numpy()] == -1).all()
 
 
+def test_rows_of_answers_too_old_to_be_trained_from_go_first():
+    world = World(host_rows=0, fraction=0.5)
+    a, b, c = world.serve(2), world.serve(2), world.serve(2)
+    world.record(a)
+    world.record(b)
+    # Both have a vote that waits; the newer answer's version has become too old meanwhile.
+    world.pool.finish("a", a, 2, 0.0, "v2")
+    world.pool.finish("b", b, 2, 50.0, "v1")
+    for rid in "ab":
+        world.pool.voted(rid, 60.0)
+    world.pool.keep_fresh(["v1", "v2"])
+    world.pool.keep_fresh(["v2", "v3"])
+    world.pool.appraise(61.0)
+    world.record(c)
+    assert (world.pool.record_of_slot[a.numpy()] >= 0).all()
+    assert (world.pool.record_of_slot[b.numpy()] == -1).all()
+    # One that ends now is as old.
+    world.pool.finish("c", c, 2, 62.0, "v1")
+    world.pool.voted("c", 63.0)
+    world.pool.appraise(64.0)
+    d = world.serve(2)
+    world.record(d)
+    assert (world.pool.record_of_slot[a.numpy()] >= 0).all()
+    assert (world.pool.record_of_slot[c.numpy()] == -1).all()
+
+
+@pytest.mark.parametrize("num_taken", [0, 1, 3])
+def test_what_is_ready_stays_so_when_slots_are_freed_in_the_same_loop(num_taken, monkeypatch):
+    world = World(host_rows=6)
+    own, other = world.serve(2), world.serve(2)
+    world.record(own)
+    world.record(other)
+    world.pool.finish("a", own, 2, 0.0)
+    out = world.pool.check_out("a", own, 2)
+    world.pool.check_in(out.ticket)
+    world.serve(len(world.allocator.free_pages))
+    world.pool.prepare()
+    taken = [world.serve(1) for _ in range(num_taken)]
+    # As when the radix tree is evicted: rows of tokens become spare that are ready, or have been taken already.
+    world.allocator.free(other)
+    world.allocator.free(own[:1])
+    monkeypatch.setattr(world.pool, "_evict", lambda *_, **__: pytest.fail("a search for rows"))
+    rest = world.serve(world.allocator.available_size())
+    assert rest is not None
+    monkeypatch.undo()
+    every = torch.cat([rest, *taken, own[1:]])
+    assert len(set(every.tolist())) == every.numel()
+    assert (world.pool.gens[out.rows] != out.gens).all()
+    world.pool.check_integrity()
+
+
 def test_a_prompt_gets_neighbouring_slots_while_there_are_any():
     world = World(host_rows=0)
     size = world.layout.slots_per_row

@@ -45,6 +45,22 @@ def test_completion_round_trip(ledger: Ledger) -> None:
         ledger.get_completion("nope").result()
 
 
+def test_votes_on_answers_of_the_latest_versions_are_trained_first(ledger: Ledger) -> None:
+    for number, version in enumerate([0, 3, 1, 2, 3, 5]):
+        ledger.add_completion(completion(f"c{number}", version=version))
+    ids = [vote(ledger, f"c{number}")[0].id for number in range(6)]
+
+    def batch(limit: int, **options):
+        found = ledger.next_batch(limit, **options).result()
+        return [ids.index(item.feedback_id) for item in found]
+
+    assert batch(4) == [0, 1, 2, 3]
+    assert batch(2, versions=(2, 4)) == [1, 3]
+    # Nobody waits for ever: the others follow, and a batch is in the order of its votes.
+    assert batch(4, versions=(2, 4)) == [0, 1, 3, 4]
+    assert batch(9, versions=(2, 4)) == [0, 1, 2, 3, 4, 5]
+
+
 def test_vote_is_created_then_replaced(ledger: Ledger) -> None:
     ledger.add_completion(completion())
     first, is_new = vote(ledger, rating=1, user="ann", tags=["a"], metadata={"k": [1]})

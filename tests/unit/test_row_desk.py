@@ -65,6 +65,28 @@ def test_what_a_dead_trainer_held_is_given_back_when_the_next_one_asks(scheduler
     scheduler.pool.check_integrity()
 
 
+def test_answers_of_versions_that_are_too_old_are_not_recorded_any_more(scheduler):
+    def is_recorded(lora_id):
+        prompt = scheduler.prefill(1)
+        prompt.batch.lora_ids = [lora_id]
+        if not prompt.begin():
+            return False
+        prompt.compute()
+        return True
+
+    tell = scheduler.engine._answer
+    assert tell(b"main", messages.Fresh(lora_ids=["", "one"])) is None
+    assert [is_recorded(i) for i in (None, "one")] == [True, True]
+    tell(b"main", messages.Fresh(lora_ids=["one", "two"]))
+    # A version that nobody has spoken of is newer than all that somebody has.
+    assert [is_recorded(i) for i in (None, "one", "two", "three")] == [False, True, True, True]
+    tell(b"main", messages.Fresh(lora_ids=["two", "three"]))
+    assert [is_recorded(i) for i in ("one", "two")] == [False, True]
+    # Somebody has rolled back.
+    tell(b"main", messages.Fresh(lora_ids=["", "one"]))
+    assert [is_recorded(i) for i in (None, "one", "two", "three")] == [True, True, False, False]
+
+
 def test_when_recording_has_stopped_a_trainer_is_told_that_there_are_no_rows(scheduler):
     check_out(scheduler, b"one", 1)
     scheduler.engine.stop_recording(MemoryError("a test"))
