@@ -38,4 +38,20 @@ def infinite_gradient(batch):
     return (batch.logps.sum() * 0).sqrt()
 
 
+def in_place(batch):
+    scale = batch.logps.exp()
+    loss = (scale**2).sum()
+    scale.add_(1)
+    return loss
+
+
+def imaginary(batch):
+    return batch.logps.sum() * 1j
+
+
+def steep(batch):
+    """Finite, and so is its gradient by the log-probabilities; not that by the weights."""
+    return 1e36 * (batch.logps * batch.mask).sum()
+
+
 not_callable = 3

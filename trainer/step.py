@@ -8,6 +8,8 @@ by different versions, a user's loss), their log-probabilities are computed firs
 
 from __future__ import annotations
 
+import logging
+import traceback
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import replace
 from typing import TypeVar
@@ -25,6 +27,8 @@ from .rows import ActivationView, Recorded, RowsRevoked
 from .step_loss import StepLoss
 from .tree import num_unique_tokens
 from .weights import BaseWeights
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -70,9 +74,25 @@ class ReplayEngine:
 
     def step_gradients(self, groups: Sequence[VersionGroup], objective: Objective) -> StepGradients:
         """Loss and gradient over all samples of all groups. Revoked rows are recomputed and
-        counted.
+        counted. Where memory does not suffice, this step and those after it are split further.
+
+        Raises:
+            MemoryError: there is too little for one sample at a time.
         """
-        return _Step(self, groups, objective).run()
+        while True:
+            try:
+                return _Step(self, groups, objective).run()
+            except (RuntimeError, MemoryError) as error:
+                if not _is_of_memory(error):
+                    raise
+                # Frames hold what the attempt had.
+                traceback.clear_frames(error.__traceback__)
+            if self.max_tokens == 1:
+                raise MemoryError("there is too little memory to train one completion at a time")
+            self.max_tokens //= 2
+            logger.warning("out of memory: steps are split at %d tokens now", self.max_tokens)
+            if self._device.type == "cuda":
+                torch.cuda.empty_cache()
 
     def score(
         self,
@@ -206,7 +226,7 @@ class _Step:
         # At base the mismatched pairs' log-ratio is zero: nothing to compute for what v0 served.
         reference, reference_kl = self._reference(used, mismatched)
         kl: float | None = None if mismatched else 0.0
-        together = mismatched if len(batches) == 1 else {}
+        together = mismatched if len(batches) == 1 and self._fit(used, mismatched) else {}
         if mismatched and not together:
             kl = self._kl_alone(mismatched, reference_kl)
         is_coupled = self.loss.is_coupled([members for _, members in batches])
@@ -214,6 +234,11 @@ class _Step:
         for group, members in batches:
             kl = self._micro_batch(group, members, together, reference, reference_kl, kl, known)
         return self._result(kl or 0.0)
+
+    def _fit(self, used: list[int], mismatched: dict[int, Pair]) -> bool:
+        """Whether samples and mismatched pairs make one micro-batch."""
+        pairs = [*(self.samples[i].pair for i in used), *mismatched.values()]
+        return len(self.engine.micro_batches(pairs)) == 1
 
     def _losses_first(
         self, batches: list[tuple[int, list[int]]], reference: dict[int, Tensor]
@@ -382,6 +407,12 @@ class _Step:
             rows_revoked=self.rows_revoked,
             metrics=metrics,
         )
+
+
+def _is_of_memory(error: Exception) -> bool:
+    """Whether an allocation failed: torch has a class of its own for a GPU's, and words for the CPU's."""
+    is_out = isinstance(error, MemoryError | torch.OutOfMemoryError)
+    return is_out or "can't allocate memory" in str(error) or "bad_alloc" in str(error)
 
 
 def _num_new(sequences: Iterable[tuple[int, ...]], previous: tuple[int, ...]) -> int:

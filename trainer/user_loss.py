@@ -66,13 +66,18 @@ def user_loss(name: str, function: UserLoss, batch: LossBatch) -> tuple[float, T
     if not isinstance(loss, Tensor) or loss.numel() != 1 or loss.ndim > 1:
         what = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else repr(loss)
         raise UserLossError(f"objective {name} returned {what}; allowed: a scalar tensor")
+    if not loss.is_floating_point():
+        raise UserLossError(f"objective {name} returned {loss.dtype}; allowed: a real number")
     if not bool(torch.isfinite(loss)):
         raise UserLossError(f"objective {name} returned {loss.item()}; allowed: a finite scalar")
     if not loss.requires_grad:
         raise UserLossError(
             f"objective {name} returned a value detached from the log-probabilities"
         )
-    (grad,) = torch.autograd.grad(loss.sum(), batch.logps, allow_unused=True)
+    try:
+        (grad,) = torch.autograd.grad(loss.sum(), batch.logps, allow_unused=True)
+    except RuntimeError as error:
+        raise UserLossError(f"objective {name} cannot be differentiated: {error}") from error
     if grad is None:
         raise UserLossError(f"objective {name} returned a value that does not depend on logps")
     if not bool(torch.isfinite(grad).all()):

@@ -171,14 +171,15 @@ class Worker:
         self.lease.advance(TrainerEvent.STEP_BEGUN)
         try:
             return self._train(request)
-        except (ArithmeticError, ValueError, OSError) as error:
+        except (ArithmeticError, MemoryError, UserLossError) as error:
             logger.exception("step %d failed", request.step)
-            failed, reason = {}, f"{type(error).__name__}: {error}"
-            if isinstance(error, UserLossError):
-                # It would fail again: its votes must not come back for ever.
-                reason = str(error)
-                failed = {sample.feedback_id: reason for sample in request.samples}
-            return messages.StepFailed(step=request.step, reason=reason, failed=failed)
+            # It would fail again: its votes must not come back for ever.
+            failed = {sample.feedback_id: str(error) for sample in request.samples}
+            return messages.StepFailed(step=request.step, reason=str(error), failed=failed)
+        except (ValueError, OSError) as error:
+            logger.exception("step %d failed", request.step)
+            reason = f"{type(error).__name__}: {error}"
+            return messages.StepFailed(step=request.step, reason=reason, failed={})
         finally:
             self.lease.advance(TrainerEvent.STEP_ENDED)
 
@@ -195,16 +196,17 @@ class Worker:
         try:
             failed |= self._foreign(good, recorded)
             fit = {id(sample) for sample in _without(good, failed)}
-            members: dict[int, list[Sample]] = {}
-            for sample, rows, version in zip(good, recorded, versions, strict=True):
-                if id(sample) in fit:
-                    members.setdefault(version, []).append(_sample(sample, rows))
-            good = [sample for sample in good if id(sample) in fit]
-            if not good:
+            every = zip(versions, good, recorded, strict=True)
+            chosen = sorted((one for one in every if id(one[1]) in fit), key=lambda one: one[0])
+            if not chosen:
                 return messages.StepFailed(
                     step=request.step, reason="no sample can be trained", failed=failed
                 )
-            groups = [VersionGroup(self._as_served(v), members[v]) for v in sorted(members)]
+            members: dict[int, list[Sample]] = {}
+            for version, sample, rows in chosen:
+                members.setdefault(version, []).append(_sample(sample, rows))
+            good = [sample for _, sample, _ in chosen]
+            groups = [VersionGroup(self._as_served(v), members[v]) for v in members]
             checked_out = time.perf_counter()
             result = self.engine.step_gradients(groups, self.objective)
             consumed = [sample.completion_id for sample in good]
@@ -212,7 +214,16 @@ class Worker:
             if ticket is not None and self.desk is not None:
                 self.desk.check_in(ticket, consumed)
         if not math.isfinite(result.loss):
-            raise FloatingPointError(f"the loss is {result.loss}")
+            bad = {
+                sample.feedback_id: "its log-probabilities are not finite"
+                for sample, found in zip(good, result.samples, strict=True)
+                if not bool(torch.isfinite(found.logps).all())
+            }
+            if not bad:
+                raise FloatingPointError(f"the loss is {result.loss}")
+            _without(good, bad)
+            reason = f"the loss is {result.loss}"
+            return messages.StepFailed(step=request.step, reason=reason, failed=failed | bad)
         before_update = time.perf_counter()
         grad_norm = optimizer.step(result.grads)
         served = masters.as_served(self.dtype)

@@ -44,6 +44,8 @@ def test_a_good_loss_and_its_gradient():
         ("user_losses:unrelated", "does not depend on logps"),
         ("user_losses:broken", "failed: KeyError: 'advantage'"),
         ("user_losses:infinite_gradient", "gradient that is not finite"),
+        ("user_losses:in_place", "cannot be differentiated: .*inplace operation"),
+        ("user_losses:imaginary", r"returned torch\.complex64; allowed: a real number"),
     ],
 )
 def test_what_is_no_loss_is_refused_by_name(name, words):
