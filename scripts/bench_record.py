@@ -13,6 +13,9 @@ comes. With the chance p of a vote it pays from n = fixed / (p · saved − per_
 
 A third server records answers, too. `tpot_decode_recording`: the time of long answers to short prompts, one at a time,
 ÷ that of its answers to requests that are not to be recorded; `tpot_decode_recording_8`: of eight at once.
+`answers_…`: what that costs and saves beside the server that records prompts, on the same prompts and as long answers,
+all of them voted on; `answers_pay_from` is the share of answers that must be voted on for it to pay.
+`answers_step_speed_up`: the whole steps.
 """
 
 from __future__ import annotations
@@ -39,6 +42,10 @@ CHANCES = (1.0, 0.3, 0.1)
 VOCABULARY = 1500
 SHORT, LONG = 16, 128
 """Tokens of the prompts and answers by which recording answers is judged."""
+ANSWERS = ("answers_cost_per_token_us", "answers_saved_per_token_us", "answers_pay_from")
+ANSWERS_STEP = "answers_step_speed_up"
+STEPS = 4
+"""No more versions than a recording may be behind."""
 TPOTS = {1: "tpot_decode_recording", 8: "tpot_decode_recording_8"}
 """By how many answers are given at once."""
 TPOT_BAR = 1.02
@@ -63,9 +70,9 @@ class Side:
         times = self._scheduler.cpu_times()
         return float(times.user + times.system)
 
-    def ask(self, prompt: list[int]) -> None:
-        seconds, answers = self.generate([prompt], 2)
-        self.seconds[len(prompt)].append(seconds)
+    def ask(self, prompt: list[int], num_tokens: int = 2) -> None:
+        seconds, answers = self.generate([prompt], num_tokens)
+        self.seconds.setdefault(len(prompt), []).append(seconds)
         self._ids.append(answers[0]["meta_info"]["id"])
 
     def generate(
@@ -95,8 +102,8 @@ class Side:
         return sum(full_status(self.target.http)["activations"]["rows"].values())
 
     def train(self, count: int) -> dict[str, Any]:
-        """One step of votes on the last `count` answers; its metrics."""
-        for rid in self._ids[-count:]:
+        """One step of votes on the last `count` answers that have none; its metrics."""
+        for rid in [self._ids.pop() for _ in range(count)]:
             vote = {"completion_id": rid, "rating": "up"}
             self.target.http.post("/v1/feedback", json=vote).raise_for_status()
         before = self.status()["step"]
@@ -187,6 +194,35 @@ def measure_answers(run: Run, side: Side, rounds: int) -> None:
         run.add(row)
 
 
+def measure_whole(run: Run, prefill: Side, decode: Side, requests: int, batch: int) -> None:
+    """What rows of answers cost and save."""
+    draw = random.Random(2)
+    used = {side: side.used() for side in (prefill, decode)}
+    for i in progress(range(requests), "whole answers"):
+        prompt = [draw.randrange(10, VOCABULARY) for _ in range(SHORT)]
+        for side in (prefill, decode) if i % 2 else (decode, prefill):
+            side.ask(prompt, LONG)
+    for side in used:
+        side.settle()
+        used[side] = side.used() - used[side]
+    cost = (used[decode] - used[prefill]) / (requests * LONG)
+    saved, speed_up = [], []
+    for _ in progress(range(STEPS), "steps"):
+        without, with_rows = (side.train(batch) for side in (prefill, decode))
+        if with_rows["tokens_reused"] < batch * (SHORT + LONG - 2):
+            sys.exit(f"gate: {with_rows['tokens_reused']} of {batch} answers' tokens were reused")
+        forward = [step["forward_s"] + step["rows_s"] for step in (without, with_rows)]
+        saved.append((forward[0] - forward[1]) / (batch * LONG))
+        speed_up.append(without["step_s"] / with_rows["step_s"])
+    worth = statistics.median(saved)
+    for name, value in zip(ANSWERS[:2], (cost, worth), strict=True):
+        run.add(Row(name, value * 1e6, "us", (value * 1e6,) * 2, requests))
+    run.add(Row(ANSWERS[2], cost / worth, "x", (cost / worth,) * 2, 1, against="answers"))
+    against = f"steps of {batch} answers of {LONG} tokens, prompts recorded"
+    step = Row(ANSWERS_STEP, statistics.median(speed_up), "x", quartiles(speed_up), STEPS, against)
+    run.add(step)
+
+
 def main() -> None:
     options = Run.parse(Run.parser(__doc__))
     run = Run("record", options)
@@ -200,10 +236,17 @@ def main() -> None:
             flags += ["--train-batch-size", str(batch), "--train-max-wait", "600"]
             return up.enter_context(started(record, ALCHEMIST, flags, Path(name)))
 
-        if any(run.wants(name) for name in TPOTS.values()):
-            measure_answers(run, Side(server("decode")), rounds)
+        wants_tpot = any(map(run.wants, TPOTS.values()))
+        wants_whole = any(map(run.wants, (*ANSWERS, ANSWERS_STEP)))
+        if wants_tpot or wants_whole:
+            decode = Side(server("decode"))
+            if wants_tpot:
+                measure_answers(run, decode, rounds)
+            if wants_whole:
+                measure_whole(run, Side(server("prefill")), decode, requests, batch)
             up.close()
-        if not options.only or not set(options.only.split(",")) <= {*TPOTS.values()}:
+        of_answers = {*TPOTS.values(), *ANSWERS, ANSWERS_STEP}
+        if not options.only or not set(options.only.split(",")) <= of_answers:
             targets = [server(record) for record in ("none", "prefill")]
             measure(run, *map(Side, targets), requests, batch)
     run.finish()

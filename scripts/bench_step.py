@@ -82,12 +82,14 @@ class Sizes(NamedTuple):
     repeats: int
     peak_batch: int
     """completions whose memory is compared"""
+    budget_batch: int
+    """completions of TRL's step whose memory is the budget for ours"""
     most: int
-    """completions, at most, that are tried in the memory that TRL takes for `peak_batch`"""
+    """completions, at most, that are tried in it"""
     conversations: int
 
 
-SIZES = {False: Sizes(5, 8, 32, 16), True: Sizes(2, 2, 4, 4)}
+SIZES = {False: Sizes(5, 8, 4, 16, 16), True: Sizes(2, 2, 2, 4, 4)}
 
 
 def gemm_fraction(run: Run, config: WorkloadConfig, quick: bool) -> dict[str, float]:
@@ -178,7 +180,7 @@ def measure_memory(run: Run, peaks: Peaks, config: WorkloadConfig, quick: bool) 
             run.add(Row(name, value, "x", (value, value), 1, against, bar, less_is_better=True))
     if run.wants(step_memory.ROW):
         run.config["same_memory"] = step_memory.same_memory(
-            run, peaks, config, budget_batch=sizes.peak_batch, most=sizes.most, quick=quick
+            run, peaks, config, budget_batch=sizes.budget_batch, most=sizes.most, quick=quick
         )
     run.config["peak_bytes"] = peaks.as_json()
     for name, batch in peaks.measured:
