@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
-import torch
 
 from alchemist.server.ids import Ids
-from alchemist.server.lender import Loan
 
+_FEW = 16
+"""Rows up to which a loop is faster than NumPy's code, which is not in the processor's caches then."""
 _WINDOW = 64
 """Entries looked at in one go: most have not ended."""
 
@@ -77,18 +77,14 @@ class Ready:
     early as they might: see `is_stale`.
     """
 
-    def __init__(
-        self, rows: Ids, gens: Ids, pages: Ids, listed: torch.Tensor, *, num_free: int
-    ) -> None:
+    def __init__(self, rows: Ids, gens: Ids, *, num_free: int) -> None:
         """Args:
         rows: [n] on the device; nobody reads them.
         gens: [n] their next generations.
-        pages: [n, pages of a row].
-        listed: the same, flat, as the allocator has it.
         num_free: rows at the beginning by which nothing is lost.
         """
         self.rows, self._gens = rows, gens
-        self._pages, self._listed, self._pages_per_row = pages.reshape(-1), listed, pages.shape[1]
+        self._pairs = list(zip(rows.tolist(), gens.tolist(), strict=True))
         self._num_free = num_free
         self._num_taken = self._num_entered = 0
         self.is_stale = False
@@ -98,13 +94,16 @@ class Ready:
     def num_left(self) -> int:
         return self.rows.size - self._num_taken
 
-    def take(self, count: int, more: int, gens: Ids) -> Loan:
-        """End `count` rows in `gens`, or up to `more` if nothing is lost by it; their pages."""
+    def take(self, count: int, more: int, gens: memoryview) -> int:
+        """End `count` rows in `gens`, or up to `more` if nothing is lost by it; how many."""
         first = self._num_taken
         last = self._num_taken = first + max(count, min(more, self._num_free - first))
-        gens[self.rows[first:last]] = self._gens[first:last]
-        part = slice(first * self._pages_per_row, last * self._pages_per_row)
-        return self._pages[part], self._listed[part]
+        if last - first <= _FEW:
+            for row, gen in self._pairs[first:last]:
+                gens[row] = gen
+        else:
+            np.asarray(gens)[self.rows[first:last]] = self._gens[first:last]
+        return last - first
 
     def enter(self) -> Ids:
         """Rows that have been taken since this was last asked."""

@@ -44,7 +44,7 @@ from alchemist.server.answers import Answers
 from alchemist.server.arrivals import Arrivals
 from alchemist.server.gpu_tier import MAX_COPIES, GpuTier
 from alchemist.server.ids import Ids, IdStack
-from alchemist.server.lender import Lender, Loan
+from alchemist.server.lender import Lender
 from alchemist.server.line import Line, Ready
 from alchemist.server.tiers import DeviceTier, HostTier
 
@@ -139,6 +139,8 @@ class ActivationPool:
         }
         self._tables = Arena("row-tables", specs, populate=True)
         self.gens = self._tables.tensors["gens"].numpy()
+        self._gens_view = memoryview(self.gens)
+        self._pages_per_row = layout.slots_per_row // lender.page_size
         counts = self._tables.tensors["counts"].numpy()
         self.arrivals = Arrivals(k[0].device, counts, is_deferred=is_deferred)
         place = (layout, k, v, self._tables.tensors["cells"], lender)
@@ -204,9 +206,10 @@ class ActivationPool:
         """
         self._lender.install(
             self.arrivals,
-            harmless(self.give_back, None),
+            harmless(self.give_back, 0),
             harmless(self.free_slots, None),
             harmless(self.clear, None),
+            harmless(self._lender.stay_last, None),
         )
         self._restock()
 
@@ -429,8 +432,10 @@ class ActivationPool:
 
     # Lending
 
-    def give_back(self, need: int, welcome: int) -> Loan | None:
-        """Pages of `need` borrowed slots, or all, and up to `welcome` if no row is lost by it: whole rows'."""
+    def give_back(self, need: int, welcome: int) -> int:
+        """End the rows in the pages that are first in the allocator's list: `need` slots of them, or all, and up to
+        `welcome` if no row is lost by it. How many pages: whole rows'.
+        """
         size = self.layout.slots_per_row
         count, more = -(-need // size), -(-max(need, welcome) // size)
         if self._ready is None or count > self._ready.num_left:
@@ -440,9 +445,10 @@ class ActivationPool:
             self._evict(more - len(spare), only_copied=True)
             self._evict(count - len(spare), only_copied=False)
             pages = self.device.give_back(more)
-            return self._lender.loan(pages) if pages.size else None
+            self._lender.line_up(pages)
+            return int(pages.size)
         # A reader of what serving writes there next sees that the row has ended; the tables can wait.
-        return self._ready.take(count, more, self.gens)
+        return self._ready.take(count, more, self._gens_view) * self._pages_per_row
 
     def prepare(self) -> None:
         """Choose the rows that serving gets next if it wants slots. To be called last in a loop: whatever else looks at
@@ -461,9 +467,8 @@ class ActivationPool:
         copied, lone = self._next(room - spare.size)
         rows = np.concatenate((spare, copied, lone))
         num_free = spare.size + copied.size
-        pages = self.device.pages(rows)
-        _, listed = self._lender.loan(pages.reshape(-1))
-        self._ready = Ready(rows, self.gens[rows] + 1, pages, listed, num_free=num_free)
+        self._lender.line_up(self.device.pages(rows).reshape(-1))
+        self._ready = Ready(rows, self.gens[rows] + 1, num_free=num_free)
 
     def _catch_up(self) -> None:
         """Bring the tables up to date; nothing is ready any more."""

@@ -53,15 +53,12 @@ class DeviceTier:
         underway = self._lender.num_underway * self._lender.page_size // size
         missing = min(count - len(self.spare), len(self._without_slots)) - underway
         if missing > 0:
-            self._lender.borrow(missing * size, self._borrowed)
+            self._lender.borrow(missing * size, size, self._borrowed)
 
     def _borrowed(self, slots: Ids) -> None:
-        size = self.layout.slots_per_row
-        found = slots.size // size
-        if slots.size > found * size:
-            self._lender.give(self._lender.loan(self._pages(slots[found * size :])))
-        rows = self._without_slots.pop(found)
-        self.cells[rows] = slots[: found * size].reshape(found, size)
+        cells = slots.reshape(-1, self.layout.slots_per_row)
+        rows = self._without_slots.pop(len(cells))
+        self.cells[rows] = cells
         self.spare.push(rows)
 
     def take(self, count: int) -> Ids:
@@ -94,20 +91,17 @@ class DeviceTier:
 
     def pages(self, rows: Ids) -> Ids:
         """Of rows with slots, [n, pages of a row]."""
-        return self._pages(self.cells[rows])
-
-    def _pages(self, slots: Ids) -> Ids:
-        """Of whole pages' slots [..., n]."""
         size = self._lender.page_size
-        return slots[..., ::size] // size
+        pages: Ids = self.cells[rows][:, ::size] // size
+        return pages
 
     def check_integrity(self, held: Ids) -> None:
         """AssertionError unless `held` and the rest are all rows, and borrowed slots are borrowed once."""
         unused = [*self.spare.all(), *self._without_slots.all()]
         assert sorted([*held, *unused]) == list(range(len(self.cells))), "device rows"
-        lent = self.cells[np.sort([*held, *self.spare.all()]).astype(int)].reshape(-1)
-        assert len(set(lent)) == lent.size, "a slot borrowed twice"
-        assert lent.size == self._lender.num_lent * self._lender.page_size, "the lender's count"
+        lent = self.pages(np.sort([*held, *self.spare.all()]).astype(int)).reshape(-1)
+        assert len(set(lent)) == lent.size, "a page borrowed twice"
+        self._lender.check_integrity(lent)
 
     def write(self, layer: int, field: str, rows: Ids, value: Tensor) -> None:
         """Store a field as it is stored, [n, elements], in `rows` [n]."""

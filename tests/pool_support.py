@@ -107,6 +107,11 @@ class World:
         self.device = torch.device(device)
         self.stamp = 0.0
 
+    @property
+    def num_free(self) -> int:
+        """Pages that serving can have before any comes back."""
+        return self.allocator.free_pages.numel() - self.pool._lender.num_lent
+
     def serve(self, count: int) -> torch.Tensor | None:
         """Serving takes `count` slots (whole pages) and writes keys and values there: their number as the value."""
         slots = self.allocator.alloc(count * self.page_size)

@@ -127,7 +127,7 @@ def test_what_is_ready_stays_so_when_slots_are_freed_in_the_same_loop(num_taken,
     world.pool.finish("a", own, 2, 0.0)
     out = world.pool.check_out("a", own, 2)
     world.pool.check_in(out.ticket)
-    world.serve(len(world.allocator.free_pages))
+    world.serve(world.num_free)
     world.pool.prepare()
     taken = [world.serve(1) for _ in range(num_taken)]
     # As when the radix tree is evicted: rows of tokens become spare that are ready, or have been taken already.
@@ -141,6 +141,23 @@ def test_what_is_ready_stays_so_when_slots_are_freed_in_the_same_loop(num_taken,
     assert len(set(every.tolist())) == every.numel()
     assert (world.pool.gens[out.rows] != out.gens).all()
     world.pool.check_integrity()
+
+
+def test_from_the_next_loop_on_what_was_freed_goes_first():
+    world = World(host_rows=0)
+    own, other = world.serve(2), world.serve(2)
+    world.record(own)
+    world.record(other)
+    spare = world.pool.device.spare
+    world.serve(world.num_free + len(spare) * world.layout.slots_per_row)
+    world.pool.prepare()
+    world.allocator.free(other)
+    world.serve(world.num_free)
+    world.pool.prepare()
+    # Two rows without a token, and two of tokens that are still there.
+    world.serve(2 * world.layout.slots_per_row)
+    world.pool.check_integrity()
+    assert (world.pool.record_of_slot[own.numpy()] >= 0).all()
 
 
 def test_a_prompt_gets_neighbouring_slots_while_there_are_any():
@@ -294,7 +311,7 @@ def test_what_was_ready_is_as_if_it_had_been_taken_row_by_row(what, num_taken):
         spare = world.serve(1)
         world.record(spare)
         world.allocator.free(spare)
-        world.serve(len(world.allocator.free_pages))
+        world.serve(world.num_free)
         if is_ready:
             world.pool.prepare()
         else:

@@ -129,7 +129,7 @@ def test_rows_begin_late_where_serving_has_taken_back_what_was_ready():
     own = world.serve(1)
     world.allocator.free(slots[:2])
     # The next slots come back from rows that were made ready for it, first of those that nobody has.
-    assert world.serve(len(world.allocator.free_pages)) is not None
+    assert world.serve(world.num_free) is not None
     world.pool.prepare()
     taken = world.serve(3)
     forward(recorder, world, own, is_decode=True, first=50.0)
