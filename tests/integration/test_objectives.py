@@ -1,4 +1,4 @@
-"""Objectives beyond single votes, live: preference pairs, and a user's own loss."""
+"""What is trained and how, live: preference pairs, a user's own loss, and votes on versions that are too old."""
 
 from __future__ import annotations
 
@@ -79,6 +79,36 @@ def test_a_correction_beyond_the_models_context_fails_alone(tmp_path):
         found = server.http.get(f"/v1/feedback/{long}").json()
         assert found["state"] == "failed"
         assert re.fullmatch(r"\d+ tokens; the model takes 8192", found["reason"]), found
+    finally:
+        assert server.stop() == 0, server.tail()
+
+
+def test_versions_too_old_are_not_recorded_and_their_votes_come_last(tmp_path):
+    server = start(
+        tmp_path, "--objective", "sft", "--max-staleness", "0", "--train-batch-size", "1"
+    )
+    try:
+        server.http.post("/v1/training/pause").raise_for_status()
+        first, old = (ask(server, f"What is 2 + {n}?") for n in (3, 4))
+        assert server.receipt(first["id"])["recorded_tokens"] > 0
+        server.vote(first["id"], "up")
+        server.http.post("/v1/training/resume").raise_for_status()
+        train(server, lambda s: s["trained"] == 1)
+        server.http.post("/v1/training/pause").raise_for_status()
+        base = server.chat("What color is a banana?", model="base")
+        assert base["metadata"]["weight_version"] == "v0"
+        receipt = server.receipt(base["id"])
+        # What its prompt begins with was recorded when v0 was live.
+        assert receipt["recorded_tokens"] < receipt["prompt_tokens"] / 2
+        new = ask(server, "What is 3 + 5?")
+        receipt = server.receipt(new["id"])
+        assert receipt["recorded_tokens"] == receipt["prompt_tokens"]
+        # The earlier vote is on an answer of v0, and waits for the later one.
+        votes = [server.vote(answer["id"], "up")["id"] for answer in (old, new)]
+        server.http.post("/v1/training/resume").raise_for_status()
+        train(server, lambda s: s["trained"] == 3)
+        steps = [server.http.get(f"/v1/feedback/{vote}").json()["version"] for vote in votes]
+        assert steps == ["v3", "v2"]
     finally:
         assert server.stop() == 0, server.tail()
 
