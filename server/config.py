@@ -93,7 +93,8 @@ class Config:
     (default: 4096)."""
 
     max_staleness: int = 4
-    """Versions a recording may be behind the live one; older ones are recomputed (default: 4)."""
+    """Versions a recording may be behind the live one; older ones are recomputed, and votes on them are trained
+    after all others (default: 4)."""
 
     record: Literal["prefill", "decode", "none"] = "prefill"
     """Which activations serving keeps for training: of prompts (prefill), of prompts and answers
