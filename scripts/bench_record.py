@@ -13,9 +13,9 @@ comes. With the chance p of a vote it pays from n = fixed / (p · saved − per_
 
 A third server records answers, too. `tpot_decode_recording`: the time of long answers to short prompts, one at a time,
 ÷ that of its answers to requests that are not to be recorded; `tpot_decode_recording_8`: of eight at once.
-`answers_…`: what that costs and saves beside the server that records prompts, on the same prompts and as long answers,
-all of them voted on; `answers_pay_from` is the share of answers that must be voted on for it to pay.
-`answers_step_speed_up`: the whole steps.
+`answers_…_per_token_us`: what rows of whole completions cost that server's scheduler, in turn with requests that are
+not to be recorded, and what they save its trainer; `answers_pay_from`: the share of answers that must be voted on for
+it to pay; `answers_step_speed_up`: of the whole steps.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -44,8 +45,8 @@ SHORT, LONG = 16, 128
 """Tokens of the prompts and answers by which recording answers is judged."""
 ANSWERS = ("answers_cost_per_token_us", "answers_saved_per_token_us", "answers_pay_from")
 ANSWERS_STEP = "answers_step_speed_up"
-STEPS = 4
-"""No more versions than a recording may be behind."""
+STEPS = 2
+"""Of each kind: no more than the versions that a recording may be behind."""
 TPOTS = {1: "tpot_decode_recording", 8: "tpot_decode_recording_8"}
 """By how many answers are given at once."""
 TPOT_BAR = 1.02
@@ -70,9 +71,9 @@ class Side:
         times = self._scheduler.cpu_times()
         return float(times.user + times.system)
 
-    def ask(self, prompt: list[int], num_tokens: int = 2) -> None:
-        seconds, answers = self.generate([prompt], num_tokens)
-        self.seconds.setdefault(len(prompt), []).append(seconds)
+    def ask(self, prompt: list[int]) -> None:
+        seconds, answers = self.generate([prompt], 2)
+        self.seconds[len(prompt)].append(seconds)
         self._ids.append(answers[0]["meta_info"]["id"])
 
     def generate(
@@ -101,9 +102,13 @@ class Side:
     def num_rows(self) -> int:
         return sum(full_status(self.target.http)["activations"]["rows"].values())
 
-    def train(self, count: int) -> dict[str, Any]:
-        """One step of votes on the last `count` answers that have none; its metrics."""
-        for rid in [self._ids.pop() for _ in range(count)]:
+    def train_last(self, count: int) -> dict[str, Any]:
+        """`train` of the last `count` answers."""
+        return self.train(self._ids[-count:])
+
+    def train(self, rids: Sequence[str]) -> dict[str, Any]:
+        """One step of votes on these answers; its metrics."""
+        for rid in rids:
             vote = {"completion_id": rid, "rating": "up"}
             self.target.http.post("/v1/feedback", json=vote).raise_for_status()
         before = self.status()["step"]
@@ -129,7 +134,7 @@ def measure(run: Run, none: Side, recording: Side, requests: int, batch: int) ->
         for side in (none, recording):
             side.processor[length] = side.used() - used[side]
         # Both trainers work on the same prompts, one after the other.
-        steps = [side.train(batch) for side in (none, recording)]
+        steps = [side.train_last(batch) for side in (none, recording)]
         if steps[1]["tokens_reused"] < batch * (length - 1):
             sys.exit(f"gate: {steps[1]['tokens_reused']} of {batch * length} tokens were reused")
         forward = [step["forward_s"] + step["rows_s"] for step in steps]
@@ -194,33 +199,41 @@ def measure_answers(run: Run, side: Side, rounds: int) -> None:
         run.add(row)
 
 
-def measure_whole(run: Run, prefill: Side, decode: Side, requests: int, batch: int) -> None:
-    """What rows of answers cost and save."""
+def measure_whole(run: Run, side: Side, requests: int, batch: int) -> None:
+    """What rows of whole completions cost and save, recorded and not in turn on one server: two servers that do the
+    same differ by more than what recording costs.
+    """
     draw = random.Random(2)
-    used = {side: side.used() for side in (prefill, decode)}
+    used = {True: 0.0, False: 0.0}
+    asked: dict[bool, list[str]] = {True: [], False: []}
     for i in progress(range(requests), "whole answers"):
-        prompt = [draw.randrange(10, VOCABULARY) for _ in range(SHORT)]
-        for side in (prefill, decode) if i % 2 else (decode, prefill):
-            side.ask(prompt, LONG)
-    for side in used:
-        side.settle()
-        used[side] = side.used() - used[side]
-    cost = (used[decode] - used[prefill]) / (requests * LONG)
+        for record in (True, False) if i % 2 else (False, True):
+            prompt = [draw.randrange(10, VOCABULARY) for _ in range(SHORT)]
+            before = side.used()
+            _, answers = side.generate([prompt], LONG, record=record)
+            side.settle()
+            used[record] += side.used() - before
+            asked[record].append(answers[0]["meta_info"]["id"])
+    tokens = SHORT + LONG - 1
+    cost = (used[True] - used[False]) / (requests * tokens)
     saved, speed_up = [], []
     for _ in progress(range(STEPS), "steps"):
-        without, with_rows = (side.train(batch) for side in (prefill, decode))
-        if with_rows["tokens_reused"] < batch * (SHORT + LONG - 2):
-            sys.exit(f"gate: {with_rows['tokens_reused']} of {batch} answers' tokens were reused")
-        forward = [step["forward_s"] + step["rows_s"] for step in (without, with_rows)]
-        saved.append((forward[0] - forward[1]) / (batch * LONG))
-        speed_up.append(without["step_s"] / with_rows["step_s"])
+        steps = {}
+        for record, ids in asked.items():
+            steps[record] = side.train([ids.pop() for _ in range(batch)])
+        if steps[True]["tokens_reused"] < batch * (tokens - 1) or steps[False]["tokens_reused"]:
+            sys.exit(f"gate: tokens reused: {[step['tokens_reused'] for step in steps.values()]}")
+        forward = {r: step["forward_s"] + step["rows_s"] for r, step in steps.items()}
+        saved.append((forward[False] - forward[True]) / (batch * tokens))
+        speed_up.append(steps[False]["step_s"] / steps[True]["step_s"])
     worth = statistics.median(saved)
     for name, value in zip(ANSWERS[:2], (cost, worth), strict=True):
         run.add(Row(name, value * 1e6, "us", (value * 1e6,) * 2, requests))
     run.add(Row(ANSWERS[2], cost / worth, "x", (cost / worth,) * 2, 1, against="answers"))
-    against = f"steps of {batch} answers of {LONG} tokens, prompts recorded"
-    step = Row(ANSWERS_STEP, statistics.median(speed_up), "x", quartiles(speed_up), STEPS, against)
-    run.add(step)
+    against = f"steps of {batch} answers of {LONG} tokens, not recorded"
+    run.add(
+        Row(ANSWERS_STEP, statistics.median(speed_up), "x", quartiles(speed_up), STEPS, against)
+    )
 
 
 def main() -> None:
@@ -243,7 +256,7 @@ def main() -> None:
             if wants_tpot:
                 measure_answers(run, decode, rounds)
             if wants_whole:
-                measure_whole(run, Side(server("prefill")), decode, requests, batch)
+                measure_whole(run, decode, requests // 2, batch)
             up.close()
         of_answers = {*TPOTS.values(), *ANSWERS, ANSWERS_STEP}
         if not options.only or not set(options.only.split(",")) <= of_answers:

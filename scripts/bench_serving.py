@@ -9,7 +9,8 @@ five: plain SGLang stays up, and the rest comes in two groups, each compared wit
 
     off         Alchemist with --no-train --record none
     recording   Alchemist recording every prefill, its trainer idle
-    idle        the same while training: a backlog of votes, lease policy idle
+    decode      the same, recording answers, too
+    idle        as recording, while training: a backlog of votes, lease policy idle
 
     share       training, lease policy share: at least --share of the time
     slo         training, lease policy slo: one and a half times what plain SGLang keeps in 99 of 100 requests at half
@@ -48,7 +49,7 @@ from serving_servers import ALCHEMIST, PLAIN, ROOT, Backlog, Target
 
 from alchemist.server.main import TINY_MODEL
 
-GROUPS = (("off", "recording", "idle"), ("share", "slo", "none"))
+GROUPS = (("off", "recording", "decode", "idle"), ("share", "slo", "none"))
 TRAINING = ("idle", "share", "slo", "none")
 LEVELS = (25, 50, 75, 90)
 """Load in percent of the rate at which plain SGLang is saturated."""
@@ -205,7 +206,8 @@ class Bench:
             return Target(name, PLAIN, model, self._folder)
         flags = {
             "off": ["--no-train", "--record", "none"],
-            "recording": [],
+            "recording": ["--record", "prefill"],
+            "decode": ["--record", "decode"],
             "idle": [],
             "share": ["--lease-policy", "share", "--lease-share", str(options.share)],
             "slo": ["--lease-policy", "slo", *self._slo.flags],

@@ -17,8 +17,9 @@ import json
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import step_lengths
 import step_memory
@@ -31,6 +32,7 @@ from step_variants import LAYERS, SMALL, TOLERANCE, Variants, gate
 from step_workload import WorkloadConfig
 
 from alchemist.server import cpu
+from alchemist.trainer.step import StepGradients
 
 WORKLOADS = {
     "1024_64": LAYERS,
@@ -139,14 +141,22 @@ def measure(
     """Gate, then time the variants that `rows` name, and add the rows and what the configuration says of them."""
     names = sorted({variant for row in rows.values() for variant in (row.baseline, row.ours)})
     # A variant's first step, in the gate, is its warm-up.
-    steps = {name: variants.make(name) for name in names}
-    gated = dict(steps)
+    steps: dict[str, Callable[[], object]] = {name: variants.make(name) for name in names}
+    gated: dict[str, Any] = dict(steps)
     for objective in {name.split()[0] for name in names}:
         # Something of every objective to compare with.
         if f"{objective} recompute" not in gated:
             gated[f"{objective} recompute"] = variants.make(f"{objective} recompute")
     errors = gate(dict(sorted(gated.items())))
+    phases: dict[str, list[dict[str, float]]] = {}
+    for name in names:
+        if " trl" not in name:
+            steps[name] = _kept_phases(variants.make_ours(name), phases.setdefault(name, []))
     seconds = interleave(steps, repeats, workload, warm_up=0)
+    for name, found in phases.items():
+        run.config["phases"][f"{workload} {name}"] = {
+            phase: round(statistics.median(step[phase] for step in found), 4) for phase in found[0]
+        }
     for name, row in rows.items():
         against = f"{row.baseline}, {statistics.median(seconds[row.baseline]):.2f} s a step"
         run.add(
@@ -157,6 +167,18 @@ def measure(
         if " trl" in name:
             run.config["trl"][f"{workload} {name}"] = variants.settings(name)
     run.config["gate"]["errors"] |= {f"{workload} {name}": e for name, e in errors.items()}
+
+
+def _kept_phases(
+    step: Callable[[], list[StepGradients]], found: list[dict[str, float]]
+) -> Callable[[], object]:
+    """The step, whose seconds by phase are added to `found`."""
+
+    def run() -> None:
+        parts = step()
+        found.append({phase: sum(p.seconds[phase] for p in parts) for phase in parts[0].seconds})
+
+    return run
 
 
 def measure_lengths(run: Run, path: Path, quick: bool) -> None:
@@ -214,6 +236,7 @@ def main() -> None:
         "threads": torch.get_num_threads(),
         "gate": {"tolerance": TOLERANCE, "errors": {}},
         "seconds": {},
+        "phases": {},
         "trl": {},
     }
 
