@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tarfile
 import tomllib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,23 @@ _DISTRIBUTIONS = {
     "peft": "peft",
     "accelerate": "accelerate",
 }
-_MODULES = ("msgspec", "zmq", "fastapi", "uvicorn", "httpx", "psutil", "yaml", "rich", "aiohttp")
+_MODULES = (
+    "msgspec",
+    "zmq",
+    "fastapi",
+    "uvicorn",
+    "httpx",
+    "psutil",
+    "yaml",
+    "aiohttp",
+    "rich",
+    "pytest",
+)
 _CUDA_ONLY = ("sgl_kernel", "flashinfer")
+_OPTIONAL = ("rich", "flashinfer", "pytest")
+"""Without them the suite runs: a table is not printed, rows of FlashInfer and of `tests/gpu` say why."""
+PROBE_S = 120.0
+"""To import everything from a disk that has none of it cached."""
 _PINS = {"sglang": "0.5.17", "transformers": "5.12."}
 
 _PROBE = """
@@ -92,7 +108,9 @@ def make_site(folder: Path) -> Path:
     return site
 
 
-def environment(site: Path, bundle: Path | None, device: str) -> dict[str, str]:
+def environment(
+    site: Path, bundle: Path | None, device: str, attention_backend: str = "triton"
+) -> dict[str, str]:
     """Of every process of the suite."""
     paths = [str(site), *([str(bundle)] if bundle else []), os.environ.get("PYTHONPATH", "")]
     env = os.environ | {
@@ -106,6 +124,9 @@ def environment(site: Path, bundle: Path | None, device: str) -> dict[str, str]:
     env.pop("PYTORCH_ALLOC_CONF", None)
     if device == "cpu":
         env.setdefault("OMP_NUM_THREADS", "1")
+    if attention_backend == "flashinfer":
+        # The ragged kernels are FA3's, which no bundle has compiled.
+        env.setdefault("SGLANG_FLASHINFER_USE_PAGED", "1")
     if bundle:
         env["TVM_FFI_CACHE_DIR"] = str(bundle / ".tvmcache")
         env.setdefault("FLASHINFER_DISABLE_JIT", "1")
@@ -114,22 +135,33 @@ def environment(site: Path, bundle: Path | None, device: str) -> dict[str, str]:
     return env
 
 
-def look(env: dict[str, str], device: str) -> dict[str, Any]:
+def look(env: Mapping[str, str], device: str) -> dict[str, Any]:
     """What the host has: versions, GPU, driver, clocks as found; `broken`: module → why it cannot be imported."""
     modules: dict[str, str] = dict.fromkeys(_MODULES, "")
     modules |= {m: d for m, d in _DISTRIBUTIONS.items() if device == "cuda" or m not in _CUDA_ONLY}
     command = [sys.executable, "-c", _PROBE, json.dumps(modules)]
-    done = subprocess.run(
-        command, capture_output=True, text=True, env=env, check=False, timeout=120
-    )
+    found: dict[str, Any] = {"versions": {}, "plugins": [], "broken": {}}
     try:
-        found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+        done = subprocess.run(
+            command, capture_output=True, text=True, env=env, check=False, timeout=PROBE_S
+        )
+        found = json.loads(done.stdout.splitlines()[-1])
+    except subprocess.TimeoutExpired:
+        found["broken"]["alchemist"] = f"importing it and what it needs took over {PROBE_S:.0f} s"
     except (IndexError, ValueError):
-        found = {"versions": {}, "plugins": [], "broken": {"alchemist": done.stderr.strip()[-600:]}}
+        found["broken"]["alchemist"] = done.stderr.strip()[-600:]
     found["versions"] = {k: v for k, v in found["versions"].items() if v}
     found["versions"]["python"] = platform.python_version()
     found["smi"] = nvidia_smi() if device == "cuda" else {}
+    found["mps"] = mps(env)
     return found
+
+
+def mps(env: Mapping[str, str]) -> dict[str, Any]:
+    """Whether CUDA programs started here would share the GPU through NVIDIA's Multi-Process Service."""
+    folder = Path(env.get("CUDA_MPS_PIPE_DIRECTORY", "/tmp/nvidia-mps"))
+    # What a client looks for; the daemon itself may be in another container.
+    return {"is_running": (folder / "control").exists(), "pipe_directory": str(folder)}
 
 
 def nvidia_smi() -> dict[str, str]:
@@ -146,13 +178,15 @@ def nvidia_smi() -> dict[str, str]:
     return dict(zip(fields, values, strict=False))
 
 
-def problems(found: dict[str, Any], device: str) -> list[str]:
+def problems(found: dict[str, Any], device: str, attention_backend: str = "triton") -> list[str]:
     """Why the suite cannot run here, each with what to do about it."""
+    needless = {module for module in _OPTIONAL if module != attention_backend}
+    broken = {m: why for m, why in found["broken"].items() if m not in needless}
     out = [
         f"{module} cannot be imported: {' '.join(why.split())[:300]}"
-        for module, why in found["broken"].items()
+        for module, why in broken.items()
     ]
-    if found["broken"]:
+    if broken:
         out.append(
             "give the packages with --bundle FILE.tar.xz|FOLDER, or set PYTHONPATH to its site folder"
         )
@@ -162,7 +196,7 @@ def problems(found: dict[str, Any], device: str) -> list[str]:
             out.append(
                 f"{name} is {version}; this is written for {wanted}: the bundle must come first on PYTHONPATH"
             )
-    if "alchemist" not in found["plugins"] and not found["broken"]:
+    if "alchemist" not in found["plugins"] and not broken:
         out.append(
             "SGLang would not find the plugin: no entry point alchemist in sglang.srt.plugins"
         )

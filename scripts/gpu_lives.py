@@ -19,7 +19,7 @@ from alchemist.trainer.families import ModelShape
 
 
 class Lives:
-    """Of servers that are up; the first one's trainer is the one that dies."""
+    """Of servers that are up; the first one's trainer is the one that dies, and the second one with its own."""
 
     def __init__(
         self, part: Part, servers: Sequence[Server], before: int, shape: ModelShape
@@ -35,11 +35,16 @@ class Lives:
         part, server = self._part, self.servers[0]
         attached = device_bytes(part, self.servers)
         pid = server.status()["trainer"]["pid"]
+        killed = time.monotonic()
         _kill(pid)
         # A new one needs seconds to import what it needs before it touches the device.
         time.sleep(0.7)
         without = device_bytes(part, self.servers)
         server.wait_trainer(other_than=pid)
+        part.add("trainer_restart_s", time.monotonic() - killed)
+        # Both have not trained, so that nothing else differs.
+        leaked = device_bytes(part, self.servers) - attached
+        part.add("trainer_restart_leaked_mib", leaked / 2**20)
         peers = Peers({}, part.device)
         try:
             before = device_bytes(part, self.servers)
@@ -80,26 +85,21 @@ class Lives:
         for thread in threads:
             thread.join()
         part.add("trainer_death_failed_requests", float(len(failed)), n=len(threads))
-        part.add("trainer_restart_s", server.wait_trainer(other_than=pid))
-        # Of two that have not trained, so that nothing else differs.
-        first = device_bytes(part, self.servers)
-        pid = server.status()["trainer"]["pid"]
-        _kill(pid)
-        server.wait_trainer(other_than=pid)
-        leaked = device_bytes(part, self.servers) - first
-        part.add("trainer_restart_leaked_mib", leaked / 2**20)
 
     def server_death(self) -> None:
         part = self._part
-        first, *others = self.servers
+        # Its trainer is ready; the first one's has just been killed.
+        dying = self.servers[1]
+        others = [server for server in self.servers if server is not dying]
         for server in others:
             server.process.terminate()
+        for server in others:
             server.process.wait(15)
-        tree = psutil.Process(first.process.pid).children(recursive=True)
-        trainer = first.status()["trainer"]["pid"]
+        tree = psutil.Process(dying.process.pid).children(recursive=True)
+        trainer = dying.status()["trainer"]["pid"]
         born = {trainer: psutil.Process(trainer).create_time()}
-        first.process.kill()
-        first.process.wait(5)
+        dying.process.kill()
+        dying.process.wait(5)
         psutil.wait_procs(tree, timeout=10)
         part.add("server_death_trainer_left", float(len(still_alive(born))), n=len(tree))
         time.sleep(1.0)

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
 from gpu_rows import BY_NAME, SPECS
 
 TERM_GRACE_S = 15.0
@@ -49,6 +50,8 @@ class Part:
         parser.add_argument("--folder", type=Path, required=True, help="for files that do not stay")
         parser.add_argument("--attention-backend", default="triton", help="SGLang's")
         part = cls(name, parser.parse_args())
+        # Its time began when it was started; what it imports takes seconds.
+        part._end -= time.time() - psutil.Process().create_time()
         signal.signal(signal.SIGTERM, part._told_to_end)
         return part
 
@@ -98,31 +101,33 @@ class Part:
 
     def attempt(
         self, what: str, function: Callable[[], None], rows: Iterable[str], seconds: float = 0.0
-    ) -> None:
+    ) -> str:
         """Run `function`, which adds `rows`. If it fails, or needs more `seconds` than are left, the rows that it has
-        not added get the reason, and the part goes on.
+        not added get the reason, and the part goes on. The reason; "": it did not fail.
         """
-        started = time.monotonic()
+        started, why = time.monotonic(), ""
         print(f"{what}, {self.left:.0f} s left", flush=True)
         if seconds > self.left:
-            self._give_up(
-                rows, f"left out: {what} takes {seconds:.0f} s, {self.left:.0f} s were left"
-            )
-            return
+            why = f"left out: {what} takes {seconds:.0f} s, {self.left:.0f} s were left"
+            self.give_up(rows, why)
+            return why
         try:
             function()
         except (Exception, SystemExit) as error:
             traceback.print_exc()
             reason = " ".join(str(error).split()) or type(error).__name__
-            self._give_up(rows, f"{what}: {type(error).__name__}: {reason[:400]}")
+            why = f"{what}: {type(error).__name__}: {reason[:400]}"
+            self.give_up(rows, why)
             if self._is_told:
                 raise
         else:
-            self._give_up(rows, f"{what} ended without it")
+            self.give_up(rows, f"{what} ended without it")
         self.config.setdefault("seconds", {})[what] = round(time.monotonic() - started, 1)
         self.flush()
+        return why
 
-    def _give_up(self, rows: Iterable[str], why: str) -> None:
+    def give_up(self, rows: Iterable[str], why: str) -> None:
+        """Say why there will be no value, of those that have neither one nor a reason yet."""
         for name in rows:
             if name not in self._rows:
                 # Whoever was nearest to it knows best.

@@ -2,10 +2,36 @@
 
 from __future__ import annotations
 
+import argparse
+import sys
+import types
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from gpu_rows import BY_NAME, PARTS, SPECS, Spec
+
+_TABLES = {"rich": "", "rich.console": "Console", "rich.progress": "track", "rich.table": "Table"}
+"""Module → what `bench_common` takes from it."""
+
+
+def head(bench: str) -> dict[str, Any]:
+    """What every benchmark's result has: commit, date, machine, versions. `bench_common` prints tables with `rich`,
+    which need not be here: nothing of that is called.
+    """
+    try:
+        from bench_common import Run
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "rich":
+            raise
+        for name, what in _TABLES.items():
+            sys.modules[name] = module = types.ModuleType(name)
+            module.__dict__[what] = lambda **_: None
+        try:
+            from bench_common import Run
+        finally:
+            for name in _TABLES:
+                del sys.modules[name]
+    return Run(bench, argparse.Namespace()).as_json()
 
 
 def missing(spec: Spec, why: str) -> dict[str, Any]:
@@ -60,10 +86,10 @@ def markdown(data: Mapping[str, Any]) -> str:
     ]
     if smi:
         lines.append("* as found: " + ", ".join(f"{key} {value}" for key, value in smi.items()))
-    command = "python scripts/gpu_suite.py --only " + ",".join(config["only"])
+    mps = "runs" if config["mps"].get("is_running") else "does not run"
     lines += [
-        f"* `{command}`, SGLang with `--attention-backend {config['attention_backend']}`; "
-        f"{config['seconds']:.0f} s in all",
+        f"* `{config['command']}`, SGLang with `--attention-backend {config['attention_backend']}`; "
+        f"{config['seconds']:.0f} s in all; NVIDIA's Multi-Process Service {mps}",
         "",
     ]
     for part in config["only"]:

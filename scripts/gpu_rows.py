@@ -7,12 +7,26 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import NamedTuple
 
-PARTS = ("ipc", "kernels", "step", "serve", "preempt")
+PARTS = ("ipc", "kernels", "tests", "step", "serve", "preempt")
 """In the order in which they run."""
 MODELS = {"qwen3_8b": "Qwen3-8B", "llama31_8b": "Llama-3.1-8B"}
 LENGTHS = (1024, 2048, 4096, 8192)
 """Prompt tokens at which recording's cost is measured."""
 POLICIES = ("idle", "slo")
+KERNEL_DTYPES = ("bfloat16", "float32")
+KERNEL_CASES = {
+    "norms": "residual sum and RMSNorm",
+    "heads": "norm and rotation of heads",
+    "gates": "SwiGLU",
+    "attention": "path attention",
+    "pooled_attention": "attention over keys in the pool's slots and others",
+    "log_probabilities": "LM head and log-probabilities",
+    "linears": "replayed linear with adapters",
+    "packed_rows": "rows packed and unpacked",
+    "eight_bits": "rows in eight bits and back",
+    "eight_bit_codes": "every number of eight bits",
+}
+"""Of `tests/kernel_accuracy.py`."""
 
 
 class Spec(NamedTuple):
@@ -60,12 +74,16 @@ _IPC = [
 ]
 _KERNELS = [
     Spec("kernels_cases", "kernels", "outputs and gradients that were compared", "tensors"),
-    _at_most(
-        "kernels_failed",
-        "kernels",
-        "those whose error against float64 is not within the two bars below",
-        0.0,
-        "tensors",
+    *(
+        _at_most(
+            f"kernels_failed_{case}_{dtype}",
+            "kernels",
+            f"{what}, {dtype}: those whose error against float64 is not within the two bars below",
+            0.0,
+            "tensors",
+        )
+        for case, what in KERNEL_CASES.items()
+        for dtype in KERNEL_DTYPES
     ),
     _at_most(
         "kernels_max_error",
@@ -73,6 +91,7 @@ _KERNELS = [
         "the worst one's largest error ÷ that of PyTorch in the same dtype",
         2.0,
     ),
+    _at_most("kernels_rms_error", "kernels", "the worst one's rms error ÷ the same", 1.25),
     Spec(
         "attention_forward_vs_sdpa",
         "kernels",
@@ -80,13 +99,33 @@ _KERNELS = [
     ),
     Spec("attention_backward_vs_sdpa", "kernels", "its backward"),
     Spec("attention_flashinfer", "kernels", "our forward's time ÷ FlashInfer's"),
-    _at_most("kernels_rms_error", "kernels", "the worst one's rms error ÷ the same", 1.25),
+    _at_most(
+        "attention_pool_max_error",
+        "kernels",
+        "FlashInfer over scattered slots of a KV pool, put together with our forward over the rest: "
+        "largest error ÷ that of PyTorch",
+        2.0,
+    ),
+    _at_most("attention_pool_rms_error", "kernels", "its rms error ÷ the same", 1.25),
+    Spec(
+        "attention_pool_vs_copy",
+        "kernels",
+        "8 sequences of 3840 tokens in slots and 256 computed; keys and values copied and our forward ÷ that",
+    ),
+    Spec("attention_flex_forward_vs_ours", "kernels", "FlexAttention's forward, 4k tokens ÷ ours"),
+    Spec("attention_flex_both_vs_ours", "kernels", "its forward and backward ÷ ours"),
+    Spec("liger_rms_norm_vs_ours", "kernels", "Liger's RMSNorm, both directions ÷ ours"),
+    Spec("liger_swiglu_vs_ours", "kernels", "Liger's SwiGLU, both directions ÷ ours"),
+    Spec("liger_linear_loss_vs_ours", "kernels", "Liger's linear loss, both directions ÷ ours"),
     Spec(
         "fp8_encode_vs_copy",
         "kernels",
         "gate_up of 4k tokens of Llama-3.1-8B into eight bits; a plain copy of it ÷ that",
     ),
     Spec("fp8_decode_vs_copy", "kernels", "the same, and back"),
+]
+_TESTS = [
+    _at_most("gpu_tests_failed", "tests", "tests in tests/gpu that fail", 0.0, "tests"),
 ]
 _STEP = [
     _at_most(
@@ -104,6 +143,13 @@ _STEP = [
         spec
         for key, model in MODELS.items()
         for spec in (
+            _at_most(
+                f"replay_gradient_{key}",
+                "step",
+                f"{model}, difference of the replayed and the recomputed gradient ÷ what rounding allows; "
+                "above one no speed of this model counts",
+                1.0,
+            ),
             Spec(
                 f"sft_tokens_per_s_recompute_{key}",
                 "step",
@@ -160,7 +206,14 @@ _SERVE = [
     _at_most(
         "graph_vs_eager_logprobs",
         "serve",
-        "LoRA logprobs, decode in graphs against eager",
+        "LoRA logprobs of decoded tokens, CUDA graphs on against off",
+        0.1,
+        "nats",
+    ),
+    _at_most(
+        "decode_vs_prefill_logprobs",
+        "serve",
+        "LoRA logprobs of the same tokens, decoded against prefilled",
         0.1,
         "nats",
     ),
@@ -225,6 +278,15 @@ _PREEMPT = [
     ),
     *(
         Spec(
+            f"{what}_{quantile}_paused",
+            "preempt",
+            f"the same with the trainer paused: what a live adapter costs by itself, {what.upper()} {quantile}",
+        )
+        for what in ("ttft", "tpot")
+        for quantile in ("p50", "p99")
+    ),
+    *(
+        Spec(
             f"output_throughput_{policy}",
             "preempt",
             f"output tokens/s under {policy} ÷ plain SGLang's, a burst",
@@ -247,5 +309,5 @@ _PREEMPT = [
     ),
     Spec("tpot_45ms_met_5rps", "preempt", "requests with TPOT ≤ 45 ms meanwhile", "x", 0.97),
 ]
-SPECS: tuple[Spec, ...] = (*_IPC, *_KERNELS, *_STEP, *_SERVE, *_PREEMPT)
+SPECS: tuple[Spec, ...] = (*_IPC, *_KERNELS, *_TESTS, *_STEP, *_SERVE, *_PREEMPT)
 BY_NAME: Mapping[str, Spec] = {spec.name: spec for spec in SPECS}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import random
 import secrets
 import signal
@@ -23,6 +24,7 @@ from process_figures import shared_bytes
 from serving_servers import Target
 
 PLAIN = ["scripts/gpu_child.py", "scripts/plain_sglang.py"]
+EAGER = ["scripts/gpu_child.py", "scripts/gpu_eager.py"]
 ALCHEMIST = ["scripts/gpu_child.py", "-m", "alchemist.server"]
 NOT_RECORDED = {"X-Alchemist-Record": "false"}
 
@@ -67,9 +69,16 @@ class Server(Target):
     def plain(cls, flags: Flags, folder: Path) -> Server:
         return cls("plain", PLAIN, flags.words, folder)
 
-    def wait_ready_by(self, part: Part) -> None:
-        """Raises RuntimeError with the log's end: it ended, or is not ready when the part's time is nearly up."""
-        while part.left > 10 and self.process.poll() is None:
+    @classmethod
+    def eager(cls, flags: Flags, folder: Path) -> Server:
+        return cls("eager", EAGER, flags.words, folder)
+
+    def wait_ready_by(self, part: Part, seconds: float = math.inf) -> None:
+        """Raises RuntimeError with the log's end: it ended, or is not ready after `seconds` or when the part's time is
+        nearly up.
+        """
+        until = max(10.0, part.left - seconds)
+        while part.left > until and self.process.poll() is None:
             with contextlib.suppress(httpx.TransportError):
                 if self.http.get("/health").status_code == 200:
                     return
@@ -92,6 +101,13 @@ class Server(Target):
                 return
             time.sleep(0.1)
         answer.raise_for_status()
+
+    def load_adapter(self, name: str, path: Path) -> None:
+        """Of SGLang without Alchemist, which has versions of its own."""
+        body = {"lora_name": name, "lora_path": str(path)}
+        answer = self.http.post("/load_lora_adapter", json=body)
+        if not answer.is_success:
+            raise RuntimeError(f"server {self.name} does not load {name}: {answer.text[:300]}")
 
     def generate(
         self, ids: Sequence[int], tokens: int, *, is_recorded: bool = True, **more: Any
@@ -228,8 +244,8 @@ def total_gib() -> float:
 
 
 @contextlib.contextmanager
-def running(part: Part, servers: Sequence[Server]) -> Iterator[None]:
-    """Wait for all of them, and end them with the block."""
+def running(part: Part, servers: Sequence[Server], others: Sequence[Server] = ()) -> Iterator[None]:
+    """Wait for all of `servers`, and end them with the block, and `others`, too."""
     started = time.monotonic()
     try:
         for server in servers:
@@ -237,7 +253,7 @@ def running(part: Part, servers: Sequence[Server]) -> Iterator[None]:
             part.config.setdefault("ready_s", {})[server.name] = time.monotonic() - started
         yield
     finally:
-        alive = [server for server in servers if server.process.poll() is None]
+        alive = [s for s in (*servers, *others) if s.process.poll() is None]
         for server in alive:
             server.http.close()
             server.process.send_signal(signal.SIGTERM)

@@ -6,6 +6,7 @@
 
     ipc       the base weights through CUDA IPC: same bytes, one copy, nothing left by a hundred importers
     kernels   every kernel's error beside PyTorch's, outputs and gradients
+    tests     tests/gpu
     step      training steps of 8B models: gradient error, tokens a second with and without reuse, PEFT, memory
     serve     what recording costs a request, publishing, one copy, deaths
     preempt   latency while training, what training keeps, revoke → acknowledge
@@ -21,6 +22,7 @@ import argparse
 import contextlib
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -32,13 +34,15 @@ from pathlib import Path
 from typing import Any
 
 import gpu_host
-from gpu_results import markdown, missing, not_run, table
+from gpu_results import head, markdown, missing, not_run, table
 from gpu_rows import PARTS, SPECS
 
 ROOT = Path(__file__).parents[1]
 NOT_RUN = ROOT / "docs" / "results" / "gpu_not_run.md"
-BUDGETS_S = {"ipc": 40, "kernels": 70, "step": 120, "serve": 150, "preempt": 140}
-"""On a GPU. What a part leaves over goes to those after it."""
+BUDGETS_S = {"ipc": 30, "kernels": 55, "tests": 40, "step": 100, "serve": 125, "preempt": 125}
+"""On a GPU. What a part leaves over goes to those after it; what has been lost before, all lose in proportion."""
+START_S = 40.0
+"""To unpack a bundle and import everything for the first time, as assumed by the budgets."""
 DEADLINE_S = {"cuda": 530.0, "cpu": 1500.0}
 GRACE_S = 15.0
 """Between asking a part to end and killing it."""
@@ -82,18 +86,20 @@ class Suite:
         self.options.out.mkdir(parents=True, exist_ok=True)
         self.write()
         for i, part in enumerate(self.parts):
-            later = sum(self._budget(p) for p in self.parts[i + 1 :])
-            seconds = self.left - later - self._grace_s
+            seconds = self.seconds_of(i)
             if seconds < 1:
                 self._why[part] = "left out: the deadline was reached before"
             else:
                 self._run_part(part, seconds, env, folder)
             self.write()
 
-    def _budget(self, part: str) -> float:
-        """A part's share of the time there is."""
-        total = sum(BUDGETS_S[p] for p in self.parts)
-        return BUDGETS_S[part] * min(1.0, self.options.deadline / total)
+    def seconds_of(self, index: int) -> float:
+        """What a part gets if it begins now: all but the budgets of those after it, or, where less is left than all of
+        theirs and its own, its share of that. A part that is ended may take the grace, too.
+        """
+        own, *later = (BUDGETS_S[part] for part in self.parts[index:])
+        there, needed = self.left - self._grace_s, own + sum(later)
+        return there - sum(later) if there >= needed else there * own / needed
 
     def _run_part(self, part: str, seconds: float, env: dict[str, str], folder: Path) -> None:
         options = self.options
@@ -175,9 +181,7 @@ class Suite:
         _replace(self.options.out / "gpu_suite.md", markdown(data))
 
     def _as_json(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
-        from bench_common import Run
-
-        data = Run("gpu_suite", argparse.Namespace()).as_json()
+        data = head("gpu_suite")
         smi = self.host["smi"]
         if smi:
             data["machine"] = f"{smi['name']}, {smi['memory.total']}; {data['machine']}"
@@ -187,10 +191,12 @@ class Suite:
         data["config"] = {
             "is_rehearsal": self.options.device == "cpu",
             "only": self.parts,
+            "command": self.options.command,
             "deadline_s": self.options.deadline,
             "seconds": round(time.monotonic() - self._started, 1),
             "attention_backend": self.options.attention_backend,
             "cuda": self.host.get("cuda"),
+            "mps": self.host.get("mps", {}),
             "smi_before": smi,
             "parts": {part: found.get("config", {}) for part, found in self._found.items()},
         }
@@ -232,6 +238,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--commit", help="of this checkout, where there is no git")
     parser.add_argument("--write-not-run", action="store_true", help=f"write {NOT_RUN.name}")
     options = parser.parse_args(argv)
+    options.command = shlex.join(["python", "scripts/gpu_suite.py", *argv])
     options.only = [part.strip() for part in options.only.split(",")]
     if unknown := sorted(set(options.only) - set(PARTS)):
         parser.error(f"--only: no part {', '.join(unknown)}; parts are {', '.join(PARTS)}")
@@ -254,10 +261,11 @@ def main() -> None:
     folder = Path(tempfile.mkdtemp(prefix="gpu-suite-"))
     try:
         bundle = gpu_host.unpack_bundle(options.bundle, folder) if options.bundle else None
-        env = gpu_host.environment(gpu_host.make_site(folder), bundle, options.device)
+        backend = options.attention_backend
+        env = gpu_host.environment(gpu_host.make_site(folder), bundle, options.device, backend)
         suite.host = gpu_host.look(env, options.device)
         print(json.dumps(suite.host, indent=1), flush=True)
-        if found := gpu_host.problems(suite.host, options.device):
+        if found := gpu_host.problems(suite.host, options.device, backend):
             print("\n".join(f"gpu_suite: {problem}" for problem in found), file=sys.stderr)
             sys.exit(2)
         # What the results are written with comes from there, too.

@@ -19,6 +19,8 @@ PLAIN = ["scripts/plain_sglang.py"]
 ALCHEMIST = ["-m", "alchemist.server"]
 VOTES = 600
 """Votes waiting when a turn begins: more than any turn can train."""
+PATIENCE_S = 60.0
+"""A trainer that passes no gate for so long does not train."""
 
 
 class Target:
@@ -166,7 +168,18 @@ class Backlog:
         self.stop()
 
     def _wait_for_step(self, step: int) -> None:
-        while self.status()["step"] < step:
+        """Raises RuntimeError: training does not go on; says what the server says of it."""
+        seen: tuple[int, int] | None = None
+        since = time.monotonic()
+        while (status := self.status())["step"] < step:
+            now = (int(status["step"]), int(status["lease"]["gates"]))
+            if now != seen:
+                seen, since = now, time.monotonic()
+            elif time.monotonic() - since > PATIENCE_S:
+                raise RuntimeError(
+                    f"no progress of training for {PATIENCE_S:.0f} s, {status['state']} at step {now[0]}: "
+                    f"{status['last_error'] or 'the server reports no error'}"
+                )
             time.sleep(0.02)
 
     @property

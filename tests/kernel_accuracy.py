@@ -3,14 +3,14 @@ given the same rounded inputs. Outputs and every gradient.
 
 Run by tests/gpu/test_kernels.py on a GPU, by tests/unit/test_kernels_interpreted.py in Triton's interpreter, and as a
 program: `python tests/kernel_accuracy.py --device cuda --dtype bfloat16 [--only NAME,NAME]` prints one JSON object a
-comparison.
+comparison. A name is that of a case or of a shard (`attention/4x1x128`), of which several processes may take one each.
 """
 
 import argparse
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import torch
@@ -31,7 +31,7 @@ from alchemist.kernels.fp8_rows import reference as fp8_rows_reference
 from alchemist.kernels.linear_logprob import reference as linear_logprob_reference
 from alchemist.kernels.pack_rows import Field
 from alchemist.kernels.pack_rows import reference as pack_rows_reference
-from alchemist.kernels.path_attention import PathBlock
+from alchemist.kernels.path_attention import PathBlock, paged
 from alchemist.kernels.replay_linear import LoraPart, unread
 from alchemist.kernels.replay_linear import reference as replay_linear_reference
 from alchemist.kernels.rms_norm import reference as rms_norm_reference
@@ -288,13 +288,26 @@ TREES = {
 }
 
 
-def attention(bench: Bench) -> Iterator[Comparison]:
+ATTENTION = ((1, 2, 64), (2, 1, 64), (3, 1, 80), (4, 1, 128), (8, 1, 64))
+"""Heads of a group, heads of keys, head size."""
+ATTENTION_LARGE = ((1, 8, 128), (2, 4, 128), (8, 2, 128), (7, 2, 128), (5, 2, 64))
+"""Not in the interpreter, and in 16 bits only: exact products of float32 take Triton's compiler a minute a shape."""
+
+
+def attention_shapes(dtype: torch.dtype, *, is_small: bool) -> tuple[tuple[int, int, int], ...]:
+    return ATTENTION if is_small or dtype == torch.float32 else ATTENTION + ATTENTION_LARGE
+
+
+def attention(
+    bench: Bench, shapes: Sequence[tuple[int, int, int]] | None = None
+) -> Iterator[Comparison]:
     """Paths of trees; groups of 1 to 8 heads; outputs computed and recorded."""
-    shapes = [(1, 64, 2), (2, 64, 1), (3, 80, 1), (4, 128, 1), (8, 64, 1)]
-    if not bench.is_small:
-        shapes += [(1, 128, 8), (2, 128, 4), (8, 128, 2), (7, 128, 2), (5, 64, 2)]
-    for number, (groups, dim, kv_heads) in enumerate(shapes):
-        names = list(TREES) if not bench.is_small or number == 1 else ["branches"]
+    for shape in shapes or attention_shapes(bench.dtype, is_small=bench.is_small):
+        groups, kv_heads, dim = shape
+        # Of float32's large heads every variant takes the compiler ten seconds.
+        is_slow = bench.dtype == torch.float32 and dim > 64
+        has_all = shape == ATTENTION[1] if bench.is_small else not is_slow
+        names = list(TREES) if has_all else ["branches"]
         for name in names:
             nodes, share = TREES[name]
             if not bench.is_small:
@@ -329,6 +342,59 @@ def _attention_of(
     if mask.shape[1] > 1:
         # Of one key the gradient is zero, a difference of equals; how equal, depends on who rounded the output.
         yield from bench.compare(f"{case} recorded", replayed, plain, leaves)
+
+
+def pooled_attention(bench: Bench) -> Iterator[Comparison]:
+    """Keys that are read in a pool's slots and keys that are given, each by our kernel, put together."""
+    from alchemist.kernels.path_attention import triton as module
+
+    def over_pool(
+        q: Tensor, k: Tensor, v: Tensor, plan: paged.PagedPlan
+    ) -> tuple[Tensor | None, Tensor]:
+        tables = plan.slots.to(q.device, torch.int64).split(plan.num_slots)
+        rows = torch.arange(q.shape[0], device=q.device).split(plan.num_queries)
+        sees_all = [
+            PathBlock(own, torch.full(own.shape, table.numel() - 1), table)
+            for own, table in zip(rows, tables, strict=True)
+        ]
+        return module.forward(q, k, v, sees_all)
+
+    kernels = paged.Kernels(over_pool, module.forward)
+    for tree in ("chain", "branches"):
+        for shape in ((2, 2, 64), (3, 2, 80)):
+            yield pooled(bench, tree, shape, kernels)
+
+
+def pooled(
+    bench: Bench, tree: str, shape: tuple[int, int, int], kernels: paged.Kernels
+) -> Comparison:
+    """Outputs over a tree a third of whose tokens are queries, the others' keys at scattered slots of a pool that holds
+    nothing else.
+
+    Args:
+        shape: heads of a group, heads of keys, head size.
+    """
+    groups, kv_heads, dim = shape
+    nodes, _ = TREES[tree]
+    if not bench.is_small:
+        nodes = [(parent, 9 * length + 4) for parent, length in nodes]
+    plan, num_queries, num_keys = tree_plan(bench, nodes, 0.3)
+    q = bench.random(num_queries, groups * kv_heads, dim)
+    k, v = (bench.random(num_keys, kv_heads, dim) for _ in range(2))
+    slots = bench.permutation(3 * num_keys)[:num_keys]
+    for block in plan:
+        slots[block.keys[block.depths.to(block.keys.device)].cpu()] = -1
+    at = slots.to(bench.device)
+    pools = [k.new_full((3 * num_keys, kv_heads, dim), math.nan) for _ in range(2)]
+    for pool, tensor in zip(pools, (k, v), strict=True):
+        pool[at[at >= 0]] = tensor[at >= 0]
+    divided = paged.split(plan, slots)
+    ours = paged.attention(q, k[at < 0], v[at < 0], *pools, divided, kernels)
+    mask = plan_mask(plan, num_queries, num_keys)
+    plain = dense_attention(q, k, v, mask)
+    truth = dense_attention(q.double(), k.double(), v.double(), mask)
+    case = f"pooled attention {tree} G={groups} K={kv_heads} d={dim}"
+    return measure(case, "output", ours, plain, truth)
 
 
 def log_probabilities(bench: Bench) -> Iterator[Comparison]:
@@ -483,11 +549,13 @@ def eight_bit_codes(bench: Bench) -> Iterator[Comparison]:
     yield exact("fp8_rows", "every code", back, expected)
 
 
-CASES: dict[str, Callable[[Bench], Iterator[Comparison]]] = {
+Case = Callable[[Bench], Iterator[Comparison]]
+CASES: dict[str, Case] = {
     "norms": norms,
     "heads": heads,
     "gates": gates,
     "attention": attention,
+    "pooled_attention": pooled_attention,
     "log_probabilities": log_probabilities,
     "linears": linears,
     "packed_rows": packed_rows,
@@ -496,19 +564,34 @@ CASES: dict[str, Callable[[Bench], Iterator[Comparison]]] = {
 }
 
 
+def shards(dtype: torch.dtype, *, is_small: bool) -> dict[str, Case]:
+    """All comparisons in portions, by name: the cases, but attention, most of whose time is Triton's compiler's, by
+    shape.
+    """
+    out = {name: case for name, case in CASES.items() if case is not attention}
+    for shape in attention_shapes(dtype, is_small=is_small):
+        out["attention/" + "x".join(map(str, shape))] = partial(attention, shapes=[shape])
+    return out
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
-    parser.add_argument("--only", default=",".join(CASES), help="comma-separated cases")
+    parser.add_argument("--only", default=",".join(CASES), help="comma-separated cases or shards")
     args = parser.parse_args()
     if not uses_triton(torch.empty(1, device=args.device)):
         parser.error("on the CPU the kernels need TRITON_INTERPRET=1 in the environment")
-    for name in args.only.split(","):
-        bench = Bench(args.device, getattr(torch, args.dtype), is_small=args.device == "cpu")
-        for found in CASES[name](bench):
+    dtype, is_small = getattr(torch, args.dtype), args.device == "cpu"
+    known = CASES | shards(dtype, is_small=is_small)
+    names = args.only.split(",")
+    if unknown := sorted(set(names) - set(known)):
+        parser.error(f"--only: no case {', '.join(unknown)}; there are {', '.join(known)}")
+    for name in names:
+        case = name.partition("/")[0]
+        for found in known[name](Bench(args.device, dtype, is_small=is_small)):
             print(
-                json.dumps({"name": name, **dataclasses.asdict(found), "ok": found.ok}), flush=True
+                json.dumps({"name": case, **dataclasses.asdict(found), "ok": found.ok}), flush=True
             )
 
 

@@ -112,6 +112,7 @@ def paths(bench: Bench) -> None:
         attention.forward(q, k, v, plan, with_output=False)
         out, lse = attention.forward(q, k, v, plan)
         attention.backward(q, k, v, out, lse, out, plan)
+        attention.merge_(out, lse, out, lse)
 
 
 def main() -> None:

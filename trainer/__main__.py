@@ -47,7 +47,8 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     _stand_back(lease_policy)
-    # Under NVIDIA's Multi-Process Service serving's kernels go first; without one it means nothing.
+    # Under NVIDIA's Multi-Process Service serving's kernels go first; without one it means nothing. CUDA reads it when
+    # it starts, which whatever imports torch may make it do: before that.
     os.environ.setdefault("CUDA_MPS_CLIENT_PRIORITY", _BELOW_NORMAL)
     # It takes seconds to import, in which the server may die.
     from alchemist.trainer.worker import run

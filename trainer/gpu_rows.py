@@ -1,7 +1,8 @@
 """Recorded rows where the trainer computes on a GPU: read in the order of its stream, and proved afterwards.
 
-Rows on the device are gathered from the imported KV pool by one kernel a field. Rows on the host are copied whole, a
-layer ahead of the backward pass or two, on a stream of their own.
+Rows on the device are gathered from the imported KV pool by one kernel a field; their keys and values can also be read
+there, by attention itself. Rows on the host are copied whole, a layer ahead of the backward pass or two, on a stream of
+their own.
 
 What is fetched has not been read when `fetch` returns, so `check` can only find out early what is lost already.
 `confirm` is the proof: it waits until everything that was enqueued is done, then until the server has settled what ends
@@ -107,6 +108,16 @@ class GpuView(ActivationView):
             ):
                 kept = part.contiguous().view(pool.dtype).view(-1, *pool.shape[1:])
                 out[places.at_host] = kept.to(out.dtype)
+
+    def in_pool(self, rows: Tensor) -> Tensor:
+        """bool [n] on the CPU: whose keys and values are in the pool, in their tokens' slots."""
+        return self._on_cpu(rows) < self.num_device
+
+    def pool(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of every slot, [slots, n_kv, d]: serving's own, lent. What reads them must be enqueued on the
+        current stream before `check`; nothing is known of it before `confirm`.
+        """
+        return self._k[layer], self._v[layer]
 
     def prefetch(self, layer: int, rows: Tensor) -> None:
         """Begin to copy host rows of a layer and of those below it."""

@@ -16,7 +16,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -26,7 +26,7 @@ from alchemist.kernels.linear_logprob import (
     linear_logprob,
     linear_logprob_backward,
 )
-from alchemist.kernels.path_attention import PathBlock, path_attention
+from alchemist.kernels.path_attention import PathBlock, paged, path_attention
 from alchemist.kernels.rms_norm import add_rms_norm, rms_norm
 
 from .batch import TokenBatch
@@ -36,6 +36,33 @@ from .rows import ActivationView
 from .weights import BaseWeights
 
 Gate = Callable[[], None]
+
+ATTEND_IN_POOL = False
+"""Whether on a GPU missing tokens attend to recorded keys and values where those lie in the KV pool
+(`kernels.path_attention.paged`, with FlashInfer), or to copies of them. Off until it has been measured on one. Where
+the pool or the plan does not allow it, copies are made all the same.
+"""
+
+
+@runtime_checkable
+class PooledView(Protocol):
+    """A view whose keys and values may be read in place: `gpu_rows.GpuView`."""
+
+    def in_pool(self, rows: Tensor) -> Tensor: ...
+
+    def pool(self, layer: int) -> tuple[Tensor, Tensor]: ...
+
+
+class _InPool(NamedTuple):
+    """How a batch's recorded keys are read in place."""
+
+    view: PooledView
+    kernels: paged.Kernels
+    plan: paged.PagedPlan
+    last_plan: paged.PagedPlan
+    rows: Tensor
+    """Those that have to be copied: they are on the host."""
+    slots: Tensor
 
 
 @dataclass
@@ -126,11 +153,12 @@ class Replay:
         out = x
         kept: list[LayerValues] = []
         num_kept = batch.num_differentiated - first
+        in_pool = self._in_pool(batch)
         with torch.no_grad():
             for index in range(num_layers if x.shape[0] else 0):
                 self._gate()
                 last = index == num_layers - 1
-                attend = self._attend(batch, index, last)
+                attend = self._attend(batch, index, last, in_pool)
                 mid, down, values = decoder_layer(
                     x,
                     weights.layers[index],
@@ -237,26 +265,57 @@ class Replay:
             assert d_out is not None
         return found[: len(leaves)], d_out
 
-    def _attend(self, batch: TokenBatch, layer: int, last: bool) -> Callable[..., Tensor]:
+    def _in_pool(self, batch: TokenBatch) -> _InPool | None:
+        """None: recorded keys and values are copied."""
+        view, n = self._view, batch.num_recorded
+        if not (ATTEND_IN_POOL and 0 < n < batch.num_tokens and isinstance(view, PooledView)):
+            return None
+        kernels = paged.kernels(self._w.dtype, *view.pool(0))
+        if kernels is None:
+            return None
+        pooled = view.in_pool(batch.rows)
+        slots = torch.full((batch.num_tokens,), -1)
+        slots[:n] = torch.where(pooled, batch.slots.cpu(), -1)
+        plans = batch.forward_plan, batch.last_forward_plan
+        plan, last_plan = (paged.split(whole, slots) for whole in plans)
+        if not paged.is_worth(plan, plans[0]):
+            return None
+        (at,) = torch.where(~pooled)
+        at = at.to(batch.rows.device)
+        return _InPool(view, kernels, plan, last_plan, batch.rows[at], batch.slots[at])
+
+    def _attend(
+        self, batch: TokenBatch, layer: int, last: bool, in_pool: _InPool | None
+    ) -> Callable[..., Tensor]:
         plan = batch.last_forward_plan if last else batch.forward_plan
 
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             if batch.num_recorded:
-                k, v = self._with_recorded(batch, layer, k, v)
+                k, v = self._with_recorded(batch, layer, batch.rows, batch.slots, k, v)
             return path_attention(q, k, v, plan)
 
-        return attend
+        def attend_in_pool(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            assert in_pool is not None
+            if in_pool.rows.numel():
+                k, v = self._with_recorded(batch, layer, in_pool.rows, in_pool.slots, k, v)
+            part = in_pool.last_plan if last else in_pool.plan
+            out = paged.attention(q, k, v, *in_pool.view.pool(layer), part, in_pool.kernels)
+            # After what reads the pool, as after a copy: this is enqueued, and proved by `confirm`.
+            self._check(batch)
+            return out
+
+        return attend if in_pool is None else attend_in_pool
 
     def _with_recorded(
-        self, batch: TokenBatch, layer: int, k: Tensor, v: Tensor
+        self, batch: TokenBatch, layer: int, rows: Tensor, slots: Tensor, k: Tensor, v: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Keys and values of the recorded tokens, then those given."""
+        """Keys and values of the recorded tokens `rows`, then those given."""
         assert self._view is not None
-        n, total = batch.num_recorded, batch.num_recorded + k.shape[0]
+        n, total = rows.shape[0], rows.shape[0] + k.shape[0]
         keys, values = k.new_empty(total, *k.shape[1:]), v.new_empty(total, *v.shape[1:])
         with self._phases.phase("rows"):
-            self._view.fetch_kv(layer, batch.rows, batch.slots, keys[:n], values[:n])
-            self._view.check(batch.rows, batch.gens)
+            self._view.fetch_kv(layer, rows, slots, keys[:n], values[:n])
+            self._check(batch)
         keys[n:], values[n:] = k, v
         return keys, values
 

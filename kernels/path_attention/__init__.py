@@ -20,11 +20,12 @@ What else there is, and why not:
    the shared prefix's keys, and the copies' gradients a scatter-add.
  * FlexAttention: masks of any kind over one shared key tensor, but compiled per shape class, with
    block masks that are built for each batch.
- * FlashInfer's paged prefill (`flashinfer.py`, an option): forward only. It reads paths by index as
-   we do and is faster on Hopper where its own kernels are built.
+ * FlashInfer's paged prefill (`flashinfer.py`): forward only. `paged.py` takes it for the keys that are in a KV pool,
+   where they lie, and the Triton forward for the rest. Off in the trainer (`replay.ATTEND_IN_POOL`) until it has
+   been measured; on Hopper FlashInfer has kernels of its own.
 Not run on a GPU yet. To be measured there: both directions against `_flash_attention_backward` on
 unshared sequences, tile sizes and stages, one kernel with float32 atomics on dq against the two,
-FlashInfer against the Triton forward.
+FlashInfer over the pool against copies and the Triton forward, FlexAttention.
 
 Shapes: Q query rows, S key rows, N heads, K key/value heads, G = N/K, D head dim.
 """

@@ -150,6 +150,22 @@ def backward(
     return dq, dk, dv
 
 
+def merge_(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> None:
+    """`paged.merge_` in one pass, for outputs [n, N, D] and float32 log-sum-exps [n, N], all contiguous."""
+    num_rows, width, rows = lse.numel(), out.shape[-1], 32
+    if num_rows:
+        _merge_kernel[(triton.cdiv(num_rows, rows),)](
+            out,
+            lse,
+            other,
+            other_lse,
+            num_rows,
+            D=width,
+            BLOCK_D=max(16, triton.next_power_of_2(width)),
+            ROWS=rows,
+        )
+
+
 def _last_contiguous(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
@@ -434,6 +450,21 @@ def _add_dkv(
         ds = p * (dp - delta_row[None, :])
         dk_acc = tl.dot(ds.to(q_tile.dtype), q_tile, dk_acc, input_precision="ieee")
     return dk_acc, dv_acc
+
+
+@triton.jit
+def _merge_kernel(
+    out, lse, other, other_lse, num_rows, D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    ok = row < num_rows
+    d = tl.arange(0, BLOCK_D)
+    own = _gather(out, row * D, d, ok, True, D, BLOCK_D).to(tl.float32)
+    part = _gather(other, row * D, d, ok, True, D, BLOCK_D).to(tl.float32)
+    gap = tl.load(other_lse + row, mask=ok, other=0.0) - tl.load(lse + row, mask=ok, other=0.0)
+    y = own + (part - own) * tl.sigmoid(gap)[:, None]
+    ok_out = ok[:, None] & (d < D)[None, :]
+    tl.store(out + row[:, None] * D + d[None, :], y.to(out.dtype.element_ty), mask=ok_out)
 
 
 @triton.jit

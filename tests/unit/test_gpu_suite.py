@@ -14,12 +14,17 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
 
 import gpu_host
-from gpu_kernels import FACTORS, ratio
+import gpu_kernels
+import gpu_suite
+from gpu_kernels import FACTORS, Comparisons, Shard, all_shards, ratio
 from gpu_part import Part
 from gpu_preempt import rows_of
 from gpu_results import markdown, missing, not_run, table
-from gpu_rows import BY_NAME, PARTS, POLICIES, SPECS
-from gpu_suite import BUDGETS_S, DEADLINE_S, NOT_RUN, Suite, parse
+from gpu_rows import BY_NAME, KERNEL_CASES, KERNEL_DTYPES, PARTS, POLICIES, SPECS
+from gpu_serve import apart
+from gpu_suite import BUDGETS_S, DEADLINE_S, GRACE_S, NOT_RUN, START_S, Suite, parse
+from gpu_tests import outcomes, report
+from kernel_accuracy import CASES
 
 ROOT = Path(__file__).parents[2]
 HANGS = """
@@ -43,6 +48,7 @@ def options(tmp_path, **changes):
         "deadline": 12.0,
         "attention_backend": "triton",
         "commit": "abc",
+        "command": "python scripts/gpu_suite.py --bundle b",
     }
     return argparse.Namespace(**known | changes)
 
@@ -50,7 +56,10 @@ def options(tmp_path, **changes):
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
-        (["--only", "ipc,speed"], "no part speed; parts are ipc, kernels, step, serve, preempt"),
+        (
+            ["--only", "ipc,speed"],
+            "no part speed; parts are ipc, kernels, tests, step, serve, preempt",
+        ),
         (["--device", "cpu"], "--device cpu needs --tiny"),
         (["--deadline", "5"], "--deadline is 5; allowed: 30 to 7200 seconds"),
         (["--device", "tpu"], "invalid choice"),
@@ -68,7 +77,38 @@ def test_defaults_are_all_parts_in_under_nine_minutes():
     assert (found.only, found.device) == (list(PARTS), "cuda")
     assert found.deadline == DEADLINE_S["cuda"] < 540
     assert set(BUDGETS_S) == set(PARTS)
-    assert sum(BUDGETS_S.values()) < found.deadline
+    assert START_S + sum(BUDGETS_S.values()) + GRACE_S <= found.deadline
+
+
+@pytest.mark.parametrize("start_s", [0, START_S, 120])
+@pytest.mark.parametrize("grace_s", [0, GRACE_S], ids=["ends in time", "hangs"])
+def test_a_slow_start_starves_no_part(tmp_path, start_s, grace_s):
+    """Every part takes all of its time; where it hangs, the grace, too."""
+    suite = Suite(options(tmp_path, deadline=DEADLINE_S["cuda"]), PARTS)
+    elapsed, shares = start_s, []
+    for i, part in enumerate(PARTS):
+        suite._started = time.monotonic() - elapsed
+        seconds = suite.seconds_of(i)
+        shares.append(seconds / BUDGETS_S[part])
+        elapsed += seconds + grace_s
+    assert elapsed <= DEADLINE_S["cuda"]
+    if start_s <= START_S and not grace_s:
+        assert min(shares) > 0.99
+    # Nobody is left with crumbs, whoever comes first.
+    assert min(shares) > 0.5
+    if not grace_s and start_s > START_S:
+        assert max(shares) - min(shares) < 0.01
+
+
+def test_what_is_left_over_goes_to_those_after_it(tmp_path):
+    suite = Suite(options(tmp_path, deadline=DEADLINE_S["cuda"]), PARTS)
+    suite._started = time.monotonic() - START_S
+    assert suite.seconds_of(1) == pytest.approx(BUDGETS_S["kernels"] + BUDGETS_S["ipc"], abs=0.1)
+
+
+def test_the_command_is_the_one_that_was_given():
+    words = ["--bundle", "my bundle.tar.xz", "--only", "ipc"]
+    assert parse(words).command == f"python scripts/gpu_suite.py {words[0]} '{words[1]}' --only ipc"
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +137,7 @@ def test_a_part_that_hangs_costs_its_own_rows_only(hung):
     assert rows["ipc_refusals"]["why"] == "left out"
     assert "killed: its time was up" in rows["ipc_leaked_mib"]["why"]
     # It exited by itself, long before its time was up.
-    assert rows["kernels_failed"]["why"].endswith("status 1: no such thing")
+    assert rows["kernels_cases"]["why"].endswith("status 1: no such thing")
 
 
 def test_nothing_of_it_is_left(hung):
@@ -116,6 +156,8 @@ def test_both_results_are_written_and_say_the_same(hung):
     assert page == markdown(data)
     assert "| `ipc_open_ms` | opening the base weights' handles | 3 ms | 2 … 4 | 5 |  |  |" in page
     assert "rehearsal" not in page
+    assert "* `python scripts/gpu_suite.py --bundle b`, SGLang with" in page
+    assert "NVIDIA's Multi-Process Service does not run" in page
     assert sorted(path.name for path in out.iterdir()) == [
         *("gpu_suite.json", "gpu_suite.md", "ipc.log", "kernels.log"),
     ]
@@ -168,6 +210,24 @@ def test_an_attempt_that_fails_says_why_and_the_part_goes_on(part):
         "ipc_owner_errors": "inner: SystemExit: gate",
         "ipc_wrong_bytes": "outer ended without it",
     }
+
+
+def test_an_attempt_tells_whether_it_failed(part):
+    assert part.attempt("good", lambda: None, []) == ""
+    assert part.attempt("bad", lambda: sys.exit("gate"), []) == "bad: SystemExit: gate"
+    assert part.attempt("late", lambda: None, [], seconds=60).startswith("left out: late takes 60")
+
+
+def test_a_parts_time_begins_with_its_process(tmp_path):
+    program = (
+        f"import sys, time; sys.path.insert(0, {str(ROOT / 'scripts')!r}); time.sleep(1.5);"
+        "from gpu_part import Part; print(Part.from_argv('ipc', 'x').left)"
+    )
+    words = ["--rows", str(tmp_path / "rows"), "--folder", str(tmp_path), "--seconds", "100"]
+    done = subprocess.run(
+        [sys.executable, "-c", program, *words], capture_output=True, text=True, check=True
+    )
+    assert float(done.stdout) < 98.5
 
 
 def test_a_part_that_is_told_to_end_goes_no_further(part):
@@ -223,6 +283,120 @@ def test_a_kernels_ratio_is_within_its_bar_exactly_when_it_passes(error, plain, 
     assert (ratio(comparison, "max") <= FACTORS["max"]) is is_ok
 
 
+def comparison(**changes):
+    known = {
+        "name": "norms",
+        "case": "a case",
+        "tensor": "d x",
+        "dtype": "bfloat16",
+        "ok": True,
+        **{f"{kind}_{what}": 0.5 for kind in FACTORS for what in ("error", "plain")},
+        **{f"{kind}_allowed": 1.0 for kind in FACTORS},
+    }
+    return json.dumps(known | changes)
+
+
+@pytest.fixture
+def compared(tmp_path, monkeypatch):
+    """The rows of four processes: one hangs after its first comparison, one fails, one has none that is good."""
+    monkeypatch.setattr(gpu_kernels, "TIMED_S", 20.0)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(4))
+    programs = {
+        "norms": f"print({comparison()!r})",
+        "attention/1x2x64": f"print({comparison()!r})",
+        "attention/2x1x64": f"import time; print({comparison()!r}, flush=True); time.sleep(600)",
+        "heads": f"print({comparison()!r}); raise SystemExit(3)",
+        "gates": f"print({comparison(ok=False, max_error=3.0)!r})",
+    }
+    options = argparse.Namespace(
+        rows=tmp_path / "rows.json", device="cuda", tiny=True, seconds=24.0, folder=tmp_path
+    )
+    part = Part("kernels", options)
+    waiting = [Shard("bfloat16", name) for name in programs]
+    run = Comparisons(part, waiting, lambda s: [sys.executable, "-c", programs[s.name]])
+    part.attempt("comparisons", run.finish, [name for name in BY_NAME if "kernels_" in name])
+    return json.loads(options.rows.read_text())
+
+
+def test_a_shard_that_hangs_or_fails_costs_its_own_row_only(compared):
+    rows = {row["name"]: row for row in compared["rows"]}
+    failed = {name: row["value"] for name, row in rows.items() if "_failed_" in name}
+    assert failed == {"kernels_failed_norms_bfloat16": 0.0, "kernels_failed_gates_bfloat16": 1.0}
+    reasons = compared["reasons"]
+    assert reasons["kernels_failed_attention_bfloat16"] == (
+        "attention/2x1x64: the part's time was up"
+    )
+    assert "ended with status 3" in reasons["kernels_failed_heads_bfloat16"]
+    # What was compared counts, and what was not is named.
+    assert rows["kernels_cases"]["value"] == 5.0
+    assert rows["kernels_max_error"]["ok"] is False
+    assert "2 of 5 shards incomplete" in rows["kernels_max_error"]["against"]
+
+
+def test_every_kernel_has_rows_and_every_row_shards():
+    first = all_shards(is_small=False)[0]
+    assert first.row == "kernels_failed_attention_float32"
+    assert list(KERNEL_CASES) == list(CASES)
+    assert {shard.row for shard in all_shards(is_small=False)} == {
+        f"kernels_failed_{case}_{dtype}" for case in CASES for dtype in KERNEL_DTYPES
+    }
+
+
+PYTEST = """
+tests/gpu/test_a.py::test_one PASSED                                     [ 20%]
+tests/gpu/test_a.py::test_two[a b-True] FAILED                           [ 40%]
+tests/gpu/test_a.py::test_two[a b-True] ERROR                            [ 40%]
+tests/gpu/test_b.py::TestPool::runTest SKIPPED (no)                      [ 60%]
+tests/gpu/test_b.py::test_three ERROR                                    [ 80%]
+=========================== short test summary info ============================
+FAILED tests/gpu/test_a.py::test_two[a b-True] - AssertionError
+ERROR tests/gpu/test_b.py::test_three - RuntimeError
+"""
+
+
+def test_outcomes_are_read_from_what_pytest_says():
+    assert outcomes(PYTEST.splitlines()) == {
+        "tests/gpu/test_a.py::test_one": "PASSED",
+        "tests/gpu/test_a.py::test_two[a b-True]": "FAILED",
+        "tests/gpu/test_b.py::TestPool::runTest": "SKIPPED",
+        "tests/gpu/test_b.py::test_three": "ERROR",
+    }
+
+
+@pytest.fixture
+def tests_part(tmp_path):
+    options = argparse.Namespace(rows=tmp_path / "rows.json", seconds=9.0, device="cuda", tiny=True)
+    return Part("tests", options)
+
+
+def test_failed_gpu_tests_are_counted(tests_part):
+    report(tests_part, PYTEST, 1, is_late=False, seconds=5.0)
+    (row,) = json.loads(tests_part.options.rows.read_text())["rows"]
+    assert (row["value"], row["n"], row["ok"]) == (2.0, 3, False)
+    assert row["against"].startswith("1 error, 1 failed, 1 passed, 1 skipped; 5 s")
+
+
+@pytest.mark.parametrize(
+    ("text", "status", "is_late", "words"),
+    [
+        (PYTEST, -9, True, "after 5 s its time was up: 1 error, 1 failed"),
+        ("a.py::b SKIPPED (no)", 0, False, "all 1 tests were skipped"),
+        ("usage\nno such option", 4, False, "pytest ended with status 4: no such option"),
+        ("", 0, False, "pytest ended with status 0"),
+    ],
+)
+def test_gpu_tests_that_did_not_all_run_give_no_figure(tests_part, text, status, is_late, words):
+    with pytest.raises(RuntimeError, match=words):
+        report(tests_part, text, status, is_late=is_late, seconds=5.0)
+
+
+def test_greedy_answers_are_compared_up_to_where_they_part():
+    one = [(-1.0, 5, None), (-2.0, 6, None), (-3.0, 7, None)]
+    assert apart(one, one) == (0.0, 3)
+    other = [(-1.25, 5, None), (-2.5, 9, None), (-9.0, 7, None)]
+    assert apart(one, other) == (0.5, 2)
+
+
 def test_what_a_host_lacks_is_named_with_what_to_do():
     found = {"versions": {"transformers": "5.17.0"}, "plugins": [], "broken": {"zmq": "none"}}
     said = gpu_host.problems(found, "cuda")
@@ -232,6 +406,54 @@ def test_what_a_host_lacks_is_named_with_what_to_do():
     assert any("--device cpu --tiny" in line for line in said)
     good = {"versions": {}, "plugins": ["alchemist"], "broken": {}, "gpu": {}}
     assert gpu_host.problems(good, "cuda") == []
+
+
+def test_what_the_suite_can_do_without_does_not_stop_it():
+    found = {"versions": {}, "plugins": ["alchemist"], "gpu": {}}
+    found["broken"] = dict.fromkeys(("rich", "flashinfer", "pytest"), "none")
+    assert gpu_host.problems(found, "cuda") == []
+    said = gpu_host.problems(found, "cuda", "flashinfer")
+    assert said[0] == "flashinfer cannot be imported: none"
+    assert not any("rich" in line for line in said)
+
+
+def test_results_are_written_without_rich():
+    program = (
+        f"import sys; sys.path.insert(0, {str(ROOT / 'scripts')!r}); sys.modules['rich'] = None;"
+        "import gpu_results; print(*sorted(gpu_results.head('x'))); print(sorted(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    head, modules = done.stdout.splitlines()
+    assert head == "bench commit config date machine rows versions"
+    assert "'rich" not in modules
+
+
+def test_imports_that_take_too_long_are_a_named_problem(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(gpu_host, "_PROBE", "import time; time.sleep(60)")
+    monkeypatch.setattr(gpu_host, "PROBE_S", 0.5)
+    monkeypatch.setattr(sys, "argv", ["gpu_suite.py", "--out", str(tmp_path / "out")])
+    monkeypatch.setattr(gpu_suite.signal, "signal", lambda *_: None)
+    with pytest.raises(SystemExit) as error:
+        gpu_suite.main()
+    assert error.value.code == 2
+    said = capsys.readouterr().err
+    assert "alchemist cannot be imported: importing it and what it needs took over" in said
+    assert "--bundle" in said
+
+
+def test_flashinfer_is_asked_for_its_paged_kernels(tmp_path, monkeypatch):
+    name = "SGLANG_FLASHINFER_USE_PAGED"
+    monkeypatch.delenv(name, raising=False)
+    assert name not in gpu_host.environment(tmp_path, None, "cuda")
+    assert gpu_host.environment(tmp_path, None, "cuda", "flashinfer")[name] == "1"
+
+
+def test_a_multi_process_service_is_found_by_what_clients_look_for(tmp_path):
+    env = {"CUDA_MPS_PIPE_DIRECTORY": str(tmp_path)}
+    assert gpu_host.mps(env)["is_running"] is False
+    (tmp_path / "control").touch()
+    assert gpu_host.mps(env) == {"is_running": True, "pipe_directory": str(tmp_path)}
 
 
 def test_a_bundle_that_is_none_is_refused(tmp_path):

@@ -16,6 +16,7 @@ KERNELS = {
     "_dkv_kernel",
     "_dq_kernel",
     "_encode_kernel",
+    "_merge_kernel",
     "_pick_kernel",
     "_rope_kernel",
     "_softmax_kernel",

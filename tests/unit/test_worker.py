@@ -1,0 +1,90 @@
+"""What a trainer trains and what it refuses: a worker over shared weights, with no server behind it."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+import zmq
+from engine_support import VOCAB, random_model
+
+from alchemist.protocol import messages
+from alchemist.protocol.lease import Lease
+from alchemist.protocol.tensors import share
+from alchemist.server.config import Config
+from alchemist.trainer.families import ModelShape
+from alchemist.trainer.weights import fused_from_hf
+from alchemist.trainer.worker import Worker
+
+LIMIT = 24
+"""Tokens the model takes."""
+
+
+@pytest.fixture
+def worker(tmp_path):
+    model = random_model("qwen3", torch.float32, max_position_embeddings=LIMIT)
+    model.config.save_pretrained(tmp_path / "model")
+    weights = share("weights", fused_from_hf(model))
+    lease = Lease.create()
+    layout = ModelShape.from_config(model.config).row_layout(torch.float32)
+    welcome = messages.Welcome(
+        config=Config(lora_rank=2, objective="kto").to_json().encode(),
+        data_dir=str(tmp_path / "data"),
+        model_path=str(tmp_path / "model"),
+        memory=messages.SharedMemory(layout=layout, weights=weights.handles, k=[], v=[], rows=None),
+        lease=lease.segment.handle,
+        rows_address=None,
+    )
+    with zmq.Context() as context:
+        worker = Worker(welcome, context, os.getppid())
+        yield worker
+        worker.close()
+
+
+def completion(name, prompt_tokens, response_tokens):
+    generator = torch.Generator().manual_seed(len(name))
+    ids = torch.randint(0, VOCAB, (prompt_tokens + response_tokens,), generator=generator).tolist()
+    return messages.TrainSample(
+        feedback_id=name,
+        completion_id=f"completion {name}",
+        label=True,
+        prompt_ids=messages.pack_ids(ids[:prompt_tokens]),
+        response_ids=messages.pack_ids(ids[prompt_tokens:]),
+        version=0,
+        extra_key=None,
+    )
+
+
+def train(worker, *samples):
+    return worker.train(messages.Train(step=1, parent=0, version=1, samples=list(samples)))
+
+
+@pytest.mark.parametrize("response_tokens", [1, 8, LIMIT - 1])
+def test_a_completion_of_as_many_tokens_as_the_model_takes_is_trained(worker, response_tokens):
+    """Up to its last token; beside it one with a token more is refused, and only that one."""
+    fits = completion("fits", LIMIT - response_tokens, response_tokens)
+    too_long = completion("too long", LIMIT + 1 - response_tokens, response_tokens)
+    done = train(worker, too_long, fits)
+    assert isinstance(done, messages.StepDone)
+    assert done.failed == {"too long": f"{LIMIT + 1} tokens; the model takes {LIMIT}"}
+    assert done.metrics["num_samples"] == 1
+    # The last one is predicted and never read.
+    assert done.tokens_recomputed == LIMIT - 1
+    assert not worker.store.load(1, worker.shape).is_zero
+    masters = worker.store.load(1, worker.shape).weights
+    alone = train(worker, fits)
+    assert isinstance(alone, messages.StepDone)
+    assert alone.failed == {}
+    again = worker.store.load(1, worker.shape).weights
+    assert all(torch.equal(masters[name], again[name]) for name in masters)
+
+
+def test_when_every_completion_is_too_long_no_version_comes_of_it(worker):
+    failed = train(worker, completion("one", LIMIT, 1), completion("two", 1, LIMIT + 20))
+    assert isinstance(failed, messages.StepFailed)
+    assert failed.failed == {
+        "one": f"{LIMIT + 1} tokens; the model takes {LIMIT}",
+        "two": f"{LIMIT + 21} tokens; the model takes {LIMIT}",
+    }
+    assert not worker.store.exists(1)
