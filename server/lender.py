@@ -157,7 +157,7 @@ class Lender:
             # The list is sorted now and then, and would have no end that stays.
             return 0
         kept = int(allocator.size) // self.page_size // KEPT_FREE
-        return max(0, allocator.free_pages.numel() - self.num_lent - kept)
+        return max(0, int(allocator.free_pages.numel()) - self.num_lent - kept)
 
     @property
     def has_plenty(self) -> bool:

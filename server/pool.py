@@ -139,7 +139,7 @@ class ActivationPool:
         }
         self._tables = Arena("row-tables", specs, populate=True)
         self.gens = self._tables.tensors["gens"].numpy()
-        self._gens_view = memoryview(self.gens)
+        self._gens_view = self.gens.data
         self._pages_per_row = layout.slots_per_row // lender.page_size
         counts = self._tables.tensors["counts"].numpy()
         self.arrivals = Arrivals(k[0].device, counts, is_deferred=is_deferred)
