@@ -270,15 +270,23 @@ def test_pause_holds_training_and_resume_releases_it(server):
 
 
 def test_metrics_tell_of_learning(server):
+    def metrics() -> tuple[str, dict[str, float]]:
+        text = server.http.get("/metrics").text
+        lines = (line.split() for line in text.splitlines() if line.startswith("alchemist_"))
+        return text, {line[0]: float(line[1]) for line in lines}
+
     train_a_version(server)
-    text = server.http.get("/metrics").text
     status = server.training()
-    values = {
-        line.split()[0]: float(line.split()[1])
-        for line in text.splitlines()
-        if line.startswith("alchemist_")
-    }
+    text, values = metrics()
     assert values["alchemist_steps_total"] >= 1
     assert values["alchemist_live_version"] == int(status["live_version"][1:])
     assert values['alchemist_tokens_total{origin="reused"}'] == status["tokens_reused"]
     assert "sglang:" in text
+
+    def rows_are_told() -> bool:
+        found, (_, values) = server.training()["activations"], metrics()
+        names = ("hedged", "hedge_backlog", "slots_borrowed", "tokens_voted_held")
+        told = [values.get(f"alchemist_{name}") for name in names]
+        return found["hedged"] > 0 and told == [found[name] for name in names]
+
+    wait_for(rows_are_told, 60, "metrics of the activation pool")

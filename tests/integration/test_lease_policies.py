@@ -1,5 +1,7 @@
 """The lease's policies on a real server. That policy idle trains in between: test_end_to_end.py."""
 
+import os
+
 import psutil
 import pytest
 from live import Server, wait_for
@@ -42,6 +44,7 @@ def test_while_idle_is_the_policy_a_request_stops_the_trainer_in_the_middle_of_a
             wait_for(lambda: server.training()["step"] > step, 120, "the step")  # noqa: B023
         trainer = psutil.Process(server.training()["trainer"]["pid"])
         assert trainer.status() == psutil.STATUS_STOPPED
+        assert os.sched_getscheduler(trainer.pid) == os.SCHED_IDLE
         spent = trainer.cpu_times().user
         answer.wait()
         assert trainer.cpu_times().user - spent < 0.1
@@ -58,6 +61,8 @@ def test_with_a_share_a_step_completes_although_requests_are_always_in_flight(tm
     try:
         lease = server.training()["lease"]
         assert (lease["policy"], lease["share"], lease["metered_s"]) == ("share", 0.5, 0.0)
+        # In the lowest class its quanta would be worth nothing.
+        assert os.sched_getscheduler(server.trainer_pid()) == os.SCHED_OTHER
         before, latest = server.training()["step"], Stream(server, max_tokens=400)
         completions = [server.chat(text, max_tokens=4)["id"] for text in ("a", "b", "c", "d")]
         for completion in completions:

@@ -1,5 +1,6 @@
 """A whole step: version groups, micro-batches, revoked rows, the gate, and one SGD step from outside."""
 
+import copy
 import dataclasses
 import itertools
 
@@ -217,36 +218,122 @@ def test_two_pairs_of_equal_votes_are_refused(model):
 
 
 class RevokingGate:
-    """Takes a row away at its n-th call."""
+    """Takes rows away at its n-th call, and lets others write where they and their tokens' keys and values were."""
 
-    def __init__(self, at, row_gen, row):
-        self.left, self.row_gen, self.row = at, row_gen, row
+    def __init__(self, at, recorder, rows, slots):
+        self.left, self.recorder, self.rows, self.slots = at, recorder, rows, slots
 
     def __call__(self):
         self.left -= 1
-        if self.left == 0:
-            self.row_gen[self.row] += 1
+        if self.left != 0:
+            return
+        recorder, nan = self.recorder, float("nan")
+        on_device = self.rows < recorder.num_device
+        taken = [recorder.cells[self.rows[on_device]].flatten(), self.slots[on_device]]
+        recorder.gens[self.rows] += 1
+        for host, k, v in zip(recorder.host, recorder.k, recorder.v, strict=True):
+            host[self.rows[~on_device] - recorder.num_device] = nan
+            for plane in (k, v):
+                plane[torch.cat(taken)] = nan
 
 
-@pytest.mark.parametrize("max_tokens", [1 << 16, 12])
+class Recordings:
+    """Three samples whose prompts are recorded whole, to be replayed from equal memory again and again."""
+
+    def __init__(self, model, adapter, *, as_on_gpu, max_tokens=1 << 16):
+        self.engine, self.adapter = engine_of(model, max_tokens=max_tokens), adapter
+        self.as_on_gpu = as_on_gpu
+        self.recorder = Recorder(self.engine.shape, torch.float64, num_rows=64)
+        self.samples = recorded(self.recorder, model, adapter, make_samples(3), share=2)
+
+    @property
+    def own(self):
+        """Of the second sample, which rows and slots hold the tokens that no other sample shares."""
+        record = self.samples[1].recorded
+        return record.rows[-3:], record.slots[-3:]
+
+    def change(self, record):
+        """Give the second sample this record."""
+        self.samples[1] = dataclasses.replace(self.samples[1], recorded=record)
+
+    def step(self, objective, gate=lambda recorder: lambda: None):
+        """The step over a copy of the memory. `gate` makes the gate from the copy."""
+        recorder = copy.deepcopy(self.recorder)
+        self.engine.view = recorder.as_on_gpu() if self.as_on_gpu else recorder.view
+        self.engine.gate = gate(recorder)
+        return self.engine.gradients(self.samples, self.adapter, objective)
+
+
+def assert_equal_logps(found, expected):
+    for one, other in zip(found.samples, expected.samples, strict=True):
+        assert torch.equal(one.logps, other.logps)
+        assert one.reference_logp == other.reference_logp
+
+
+def assert_equal_bits(found, expected):
+    """Everything but times and counts."""
+    assert_equal_logps(found, expected)
+    assert (found.loss, found.kl, found.metrics) == (expected.loss, expected.kl, expected.metrics)
+    assert found.grads.keys() == expected.grads.keys()
+    assert all(torch.equal(found.grads[n], g) for n, g in expected.grads.items())
+
+
+@pytest.mark.parametrize(
+    ("objective", "max_tokens"),
+    [(KTO, 1 << 16), (KTO, 12), (Objective(name="apo_zero_unpaired", beta=0.3), 12)],
+    ids=["kto", "kto-split", "apo-split"],
+)
 @pytest.mark.parametrize("as_on_gpu", [False, True])
-def test_rows_revoked_at_any_gate_are_recomputed(model, max_tokens, as_on_gpu):
+def test_rows_revoked_at_any_gate_are_recomputed(model, objective, max_tokens, as_on_gpu):
+    """As if they had never been recorded, bit by bit, or as if nothing had happened."""
     adapter = random_adapter(engine_of(model).shape, torch.float64, 2)
-    samples = make_samples(3)
-    loss, grads, _ = naive_step(model, [VersionGroup(adapter, samples)], KTO)
+    loss, grads, _ = naive_step(model, [VersionGroup(adapter, make_samples(3))], objective)
+    recordings = Recordings(model, adapter, as_on_gpu=as_on_gpu, max_tokens=max_tokens)
+    rows, slots = recordings.own
+    # On the device and on the host.
+    assert 0 < int((rows < recordings.recorder.num_device).sum()) < rows.numel()
+    before, record = recordings.step(objective), recordings.samples[1].recorded
+    recordings.change(record.without(rows))
+    after = recordings.step(objective)
+    recordings.change(record)
     seen = 0
-    for at in range(1, 100, 7):
-        engine = engine_of(model, max_tokens=max_tokens)
-        recorder = Recorder(engine.shape, torch.float64)
-        engine.view = recorder.as_on_gpu() if as_on_gpu else recorder.view
-        mine = recorded(recorder, model, adapter, samples, share=2)
-        row = int(mine[1].recorded.rows[-1])
-        engine.gate = RevokingGate(at, recorder.gens, row)
-        result = engine.gradients(mine, adapter, KTO)
+    for at in range(1, 100, 5):
+        result = recordings.step(objective, lambda of, at=at: RevokingGate(at, of, rows, slots))
         assert relative_error(result.grads, grads) < 1e-10
         assert result.loss == pytest.approx(loss, abs=1e-12)
+        assert result.rows_revoked in (0, rows.numel())
+        expected = after if result.rows_revoked else before
+        if max_tokens == 12 and result.kl != expected.kl:
+            # Made for all micro-batches when the rows were still there; it enters the loss of each.
+            assert result.kl == before.kl
+            assert_equal_logps(result, expected)
+        else:
+            assert_equal_bits(result, expected)
+        assert result.tokens_reused == expected.tokens_reused
         seen += result.rows_revoked > 0
     assert seen >= 6
+
+
+@pytest.mark.parametrize("as_on_gpu", [False, True])
+def test_a_copy_on_the_host_takes_over_without_changing_a_bit(model, as_on_gpu):
+    adapter = random_adapter(engine_of(model).shape, torch.float64, 2)
+    recordings = Recordings(model, adapter, as_on_gpu=as_on_gpu)
+    before, recorder = recordings.step(KTO), recordings.recorder
+    record, prompt = recordings.samples[1].recorded, recordings.samples[1].prompt_ids
+    copies = recorder.record(model, adapter, prompt, record.rows >= 0)
+    on_host = torch.where(copies.rows >= recorder.num_device, copies.rows, -1)
+    recordings.change(dataclasses.replace(record, hedge=(on_host, copies.gens)))
+    (rows, slots), is_copied = recordings.own, on_host[-3:] >= 0
+    assert is_copied.any()
+    rows, slots = rows[is_copied], slots[is_copied]
+    seen = 0
+    for at in range(1, 100, 13):
+        result = recordings.step(KTO, lambda of, at=at: RevokingGate(at, of, rows, slots))
+        assert_equal_bits(result, before)
+        assert result.tokens_reused == before.tokens_reused
+        assert result.rows_revoked in (0, rows.numel())
+        seen += result.rows_revoked > 0
+    assert seen >= 3
 
 
 def test_score_raises_when_rows_are_gone(model):
@@ -263,7 +350,20 @@ def test_score_raises_when_rows_are_gone(model):
         engine.score([sample.pair], adapter, [sample.recorded])
 
 
-def test_suspending_at_every_gate_changes_no_bit(model):
+@pytest.mark.parametrize("objective", [KTO, Objective(name="sft")], ids=lambda o: o.name)
+@pytest.mark.parametrize("as_on_gpu", [False, True])
+@pytest.mark.parametrize(
+    "taken",
+    [
+        None,
+        {"share": 2},
+        {"share": 2, "answers": True},
+        {"share": 0.5},
+        {"share": 0.5, "answers": True},
+    ],
+    ids=["nothing", "prompts", "answers too", "half of prompts", "half of answers too"],
+)
+def test_suspending_at_every_gate_changes_no_bit(model, objective, as_on_gpu, taken):
     calls = []
 
     def gate():
@@ -273,15 +373,24 @@ def test_suspending_at_every_gate_changes_no_bit(model):
             torch.randn(64, 64, requires_grad=True).pow(2).sum().backward()
 
     plain, gated = engine_of(model), engine_of(model, gate=gate)
+    recorder = Recorder(plain.shape, torch.float64)
+    plain.view, gated.view = (
+        recorder.as_on_gpu() if as_on_gpu else recorder.view for _ in range(2)
+    )
     adapter = random_adapter(plain.shape, torch.float64, 2)
-    a = plain.gradients(make_samples(4), adapter, KTO)
-    b = gated.gradients(make_samples(4), adapter, KTO)
+    samples = make_samples(4)
+    if taken is not None:
+        samples = recorded(recorder, model, adapter, samples, **taken)
+    a = plain.gradients(samples, adapter, objective)
+    b = gated.gradients(samples, adapter, objective)
     layers = plain.shape.num_layers
+    forwards = (a.tokens_recomputed > 0) + (a.tokens_reference > 0)
     # Reference and forward: at the boundary and between operations; backward: these, and on the way back all of them
     # but the one before which nothing of the first layer is differentiated.
-    assert len(calls) == 2 * 7 * layers + 13 * layers - 1
-    assert a.loss == b.loss
-    assert all(torch.equal(a.grads[n], b.grads[n]) for n in a.grads)
+    assert len(calls) == forwards * 7 * layers + 13 * layers - 1
+    assert_equal_bits(a, b)
+    assert (a.tokens_reused > 0) is (taken is not None)
+    assert (a.tokens_reused, a.tokens_recomputed) == (b.tokens_reused, b.tokens_recomputed)
 
 
 @pytest.mark.parametrize("name", ["sft", "kto"])
