@@ -5,7 +5,8 @@ from __future__ import annotations
 import uuid
 
 import pytest
-from live import wait_for
+from conftest import SGD
+from live import running, wait_for
 from openai import OpenAI
 
 PROMPTS = [
@@ -15,6 +16,13 @@ PROMPTS = [
     "What sound does a dog make? " * 60,
     "What sound does a dog make? " * 60 + "And a cow?",
 ]
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    """Nobody votes here: where versions come, the base is soon too old to be recorded."""
+    with running(tmp_path_factory.mktemp("recording") / "data", *SGD) as server:
+        yield server
 
 
 def answers(server):
