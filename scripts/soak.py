@@ -13,6 +13,7 @@ are taken whose tokens cannot depend on company (see `fixed_batch.py`), so the c
     logprob_difference  largest to plain SGLang's, nats: what is wrong without changing a token shows here
     errors, log_errors  requests that failed; lines of the server's log that are errors, or begin a traceback
     fds_*, own_*        growth of each process from the second quarter of the time to the last
+    reuse_ratio         of trained tokens that came from rows, which lie in memory that serving takes back; bar 0.1
     shared_growth       the same of shared memory; left_behind: processes and files in /dev/shm after the end
 
 "Full pressure" is `kv_in_use`: used by running requests, looked at once a second during bursts.
@@ -47,6 +48,8 @@ from soak_clients import Seen, Soak
 from alchemist.server.main import TINY_MODEL
 
 ROOT = Path(__file__).parents[1]
+MIN_REUSE = 0.1
+"""Share of the trained tokens that must have come from rows; or what the trainer did was no test of lent memory."""
 MAX_GROWTH_FDS = 8
 MAX_GROWTH_SHARED = 1 << 20
 
@@ -104,9 +107,10 @@ def rows(
         count("steps", status["step"], "steps"),
         count("votes_failed", status["failed"], "votes", 0),
         count("trainer_restarts", status["trainer"]["restarts"], "times", 0),
-        count("reuse_ratio", status["reuse_ratio"], "x"),
         count("revocations_missed", status["lease"]["revocations_missed"], "times"),
     ]
+    reuse = float(status["reuse_ratio"])
+    out.append(Row("reuse_ratio", reuse, "x", (reuse, reuse), 1, None, MIN_REUSE))
     out[1].against = f"plain SGLang, which differs from itself by {own:.1e}"
     if seen.in_use:
         middle = statistics.median(seen.in_use)

@@ -18,8 +18,10 @@ from rich.console import Console
 from serving_servers import Target
 from sglang_figures import metric_sums
 
-MAX_PENDING = 256
-"""Votes the trainer may be behind by; users do not vote meanwhile, or a long run would only fill the ledger."""
+MAX_PENDING = 48
+"""Votes the trainer may be behind by; users do not vote meanwhile, or a long run would only fill the ledger, and every
+vote would be on an answer of a version too old to be trained from its rows.
+"""
 
 
 @dataclass(slots=True)

@@ -7,6 +7,8 @@ On a CUDA machine both entry points do nothing.
 from __future__ import annotations
 
 import functools
+import importlib.util
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,12 +21,29 @@ def prepare() -> None:
     global _library
     if _library is not None or torch.cuda.is_available():
         return
-    # The torchvision wheel's operators are linked against CUDA and do not load, but its Python half
-    # registers fake kernels for them at import; declaring the schemas is all that needs.
+    if _has_torchvision_operators():
+        return
+    # torchvision's Python half registers fake kernels for its operators at import; declaring the schemas is all that
+    # needs.
     _library = torch.library.Library("torchvision", "DEF")  # type: ignore[no-untyped-call]
     for operator in ("nms", "qnms"):
         schema = f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
         _library.define(schema)  # type: ignore[no-untyped-call]
+
+
+def _has_torchvision_operators() -> bool:
+    """Whether torchvision's operators load: then they bring their schemas, and a second declaration ends the process.
+    They do not where they are linked against CUDA and torch is the CPU build.
+    """
+    spec = importlib.util.find_spec("torchvision")
+    for folder in (spec and spec.submodule_search_locations) or ():
+        for library in Path(folder).glob("_C*.so"):
+            try:
+                torch.ops.load_library(library)
+            except OSError:
+                continue
+            return True
+    return False
 
 
 def ignore_pin_memory() -> None:
