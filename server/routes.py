@@ -55,7 +55,7 @@ _USER = """
 /generate /encode /classify /invocations /vertex_generate /parse_function_call /separate_reasoning
 /api/chat /api/generate /api/tags /api/show
 /open_session /close_session
-/get_load /v1/loads /is_scaling_elastic_ep
+/get_load /v1/loads
 /v1/feedback /v1/feedback/{feedback_id} /v1/completions/{completion_id}/receipt
 /v1/training /v1/training/flush /v1/versions
 """
@@ -78,7 +78,7 @@ _ADMIN = """
 /pause_generation /continue_generation /abort_request
 /configure_logging /set_trace_level /start_profile /stop_profile /freeze_gc
 /start_expert_distribution_record /stop_expert_distribution_record
-/dump_expert_distribution_record /scale_elastic_ep
+/dump_expert_distribution_record /scale_elastic_ep /is_scaling_elastic_ep
 """
 
 ROUTES: dict[str, RouteClass] = {
@@ -106,16 +106,20 @@ class Leaf(NamedTuple):
     """None: nobody has classified it."""
 
 
-def walk(routes: Iterable[Any]) -> Iterator[Leaf]:
-    """Every route: HTTP, WebSocket and mounts. Raises TypeError for a kind whose path it cannot tell."""
+def unfold(routes: Iterable[Any]) -> Iterator[Any]:
+    """Every route, of included routers too: some versions of FastAPI keep such a router as one route."""
     for route in routes:
         if hasattr(route, "effective_candidates"):
-            # FastAPI keeps an included router as one route that unfolds itself.
-            yield from walk(route.effective_candidates())
-            yield from walk(route.effective_low_priority_routes())
-            continue
-        leaf = getattr(route, "starlette_route", None) or route
-        path, regex = getattr(leaf, "path", None), getattr(leaf, "path_regex", None)
+            yield from unfold(route.effective_candidates())
+            yield from unfold(route.effective_low_priority_routes())
+        else:
+            yield getattr(route, "starlette_route", None) or route
+
+
+def walk(routes: Iterable[Any]) -> Iterator[Leaf]:
+    """Every route: HTTP, WebSocket and mounts. Raises TypeError for a kind whose path it cannot tell."""
+    for route in unfold(routes):
+        path, regex = getattr(route, "path", None), getattr(route, "path_regex", None)
         if path is None or regex is None:
             raise TypeError(f"cannot tell the path of route {route!r}")
         yield Leaf(path, regex, ROUTES.get(path))

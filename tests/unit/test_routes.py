@@ -17,6 +17,7 @@ from alchemist.server.routes import (
     RouteGuard,
     leave_auth_to_guard,
     require_safe_bind,
+    unfold,
     walk,
 )
 
@@ -50,8 +51,11 @@ def test_every_route_of_ours_is_classified(tmp_path, sglang_app: FastAPI) -> Non
 
 
 def test_what_sglang_guards_is_not_for_users(sglang_app: FastAPI) -> None:
-    guarded = {r.path for r in sglang_app.routes if getattr(_endpoint(r), "_auth_level", None)}
+    guarded = {
+        r.path for r in unfold(sglang_app.routes) if getattr(_endpoint(r), "_auth_level", None)
+    }
     assert len(guarded) > 30
+    assert "/scale_elastic_ep" in guarded
     assert {path for path in guarded if ROUTES[path] is not RouteClass.ADMIN} == set()
     words = ("weight", "lora", "cache", "logging", "memory", "profile", "pause", "abort", "trace")
     dangerous = {path for path in ROUTES if any(word in path for word in words)}
