@@ -11,6 +11,7 @@ five: plain SGLang stays up, and the rest comes in two groups, each compared wit
     recording   Alchemist recording every prefill, its trainer idle
     decode      the same, recording answers, too
     idle        as recording, while training: a backlog of votes, lease policy idle
+    paused      the same server, its trainer paused: what a trained version costs; idle over paused: what training does
 
     share       training, lease policy share: at least --share of the time
     slo         training, lease policy slo: one and a half times what plain SGLang keeps in 99 of 100 requests at half
@@ -49,7 +50,7 @@ from serving_servers import ALCHEMIST, PLAIN, ROOT, Backlog, Target
 
 from alchemist.server.main import TINY_MODEL
 
-GROUPS = (("off", "recording", "decode", "idle"), ("share", "slo", "none"))
+GROUPS = (("off", "recording", "decode", "idle", "paused"), ("share", "slo", "none"))
 TRAINING = ("idle", "share", "slo", "none")
 LEVELS = (25, 50, 75, 90)
 """Load in percent of the rate at which plain SGLang is saturated."""
@@ -113,7 +114,7 @@ def wanted(options: argparse.Namespace) -> tuple[list[list[str]], list[int], boo
     rows = options.only.split(",")
     # Of every trainer there is a train_share; share is a server, too.
     words = {word for row in rows for word in row.replace("train_share", "").split("_")}
-    if words & {"revoke", "revocations", "longest", "dedicated"}:
+    if words & {"revoke", "revocations", "longest", "dedicated", "paused"}:
         words.add("idle")
     groups = [[name for name in group if name in words] for group in GROUPS]
     at_half = {"slo_met", "slo_train_share"}
@@ -177,7 +178,7 @@ class Bench:
     def _begin(self, up: list[Target], group: list[str]) -> None:
         """Start plain SGLang and a group; of the first plain, what all others are measured by."""
         is_first = not up
-        up[:] = [self._start(name) for name in ("plain", *group)]
+        up[:] = [self._start(name) for name in ("plain", *group) if name != "paused"]
         load = self._load
         self._wait(up)
         load.run(up[0].url, WARM_UP, math.inf, seed=-1 % 2**32)
@@ -253,6 +254,9 @@ class Bench:
                 target.backlog.start()
                 self._load.run(target.url, SETTLING, self._rate / 2, next(self._seeds))
                 target.backlog.stop()
+        if "paused" in found.names:
+            idle = next(target for target in targets if target.name == "idle")
+            targets = [*targets, idle.paused()]
         options = self._options
         # The same prompts for all servers, and never again: plain SGLang, which stays up, would have them in its cache.
         seeds = defaultdict[tuple[int | None, int], int](lambda: next(self._seeds))

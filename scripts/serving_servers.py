@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import random
 import signal
@@ -65,6 +66,12 @@ class Target:
 
     def __exit__(self, *exc: object) -> None:
         self.end([self])
+
+    def paused(self) -> Target:
+        """The same server, measured while its trainer is paused."""
+        twin = copy.copy(self)
+        twin.name, twin.backlog = "paused", None
+        return twin
 
     def wait_ended(self) -> None:
         try:

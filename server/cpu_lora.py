@@ -6,7 +6,8 @@ all requests of a batch have the same adapter, the live version's. Then two prod
 
     y += s · (x Aᵀ) W        W [n·r, E]: the n slices' Bᵀ [r, E_i] on the diagonal, zeros elsewhere
 
-W is made once for each adapter that is loaded. Two adapters in a batch, or an adapter and none, go SGLang's way.
+W is made once for each adapter that is loaded. Where tokens are many its zeros cost more than calls do, and each slice
+is added by itself. Two adapters in a batch, or an adapter and none, go SGLang's way.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ LINEARS = (
     "RowParallelLinearWithLoRA",
 )
 """SGLang's linears with an `apply_lora` of their own; in `sglang.srt.lora.layers`."""
+MANY_TOKENS = 64
+"""At which one product with W takes longer than one for each slice."""
 
 
 @dataclass(eq=False)
@@ -36,10 +39,10 @@ class Alone:
     """Of SGLang's buffers."""
     rank: int
     scaling: float
-    matrices: dict[torch.nn.Module, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    matrices: dict[torch.nn.Module, tuple[Tensor, Tensor, list[int]]] = field(default_factory=dict)
 
-    def of(self, layer: Any) -> tuple[Tensor, Tensor]:
-        """Aᵀ [D, n·r], a view of SGLang's buffer, and W."""
+    def of(self, layer: Any) -> tuple[Tensor, Tensor, list[int]]:
+        """Aᵀ [D, n·r], a view of SGLang's buffer; W; and the n + 1 ends of the output's slices, from 0 to E."""
         found = self.matrices.get(layer)
         if found is None:
             is_qkv = hasattr(layer, "A_buffer_qkv")
@@ -50,7 +53,7 @@ class Alone:
             w = b.new_zeros((len(ends) - 1) * r, ends[-1])
             for i, (start, end) in enumerate(pairwise(ends)):
                 w[i * r : (i + 1) * r, start:end] = b[self.index, start:end, :r].T
-            found = self.matrices[layer] = a[self.index, : w.shape[0]].T, w
+            found = self.matrices[layer] = a[self.index, : w.shape[0]].T, w, ends
         return found
 
 
@@ -87,8 +90,15 @@ class CpuLora:
         if self._now is None:
             result: Tensor = original(layer, base_output, x)
             return result
-        a, w = self._now.of(layer)
-        return base_output.addmm_(x @ a, w, alpha=self._now.scaling)
+        now = self._now
+        a, w, ends = now.of(layer)
+        low = x @ a
+        if len(ends) == 2 or x.shape[0] < MANY_TOKENS:
+            return base_output.addmm_(low, w, alpha=now.scaling)
+        for i, (start, end) in enumerate(pairwise(ends)):
+            mine = slice(i * now.rank, (i + 1) * now.rank)
+            base_output[:, start:end].addmm_(low[:, mine], w[mine, start:end], alpha=now.scaling)
+        return base_output
 
     def _alone(self, manager: Any, info: Any) -> Alone | None:
         if len(info.weight_indices_cpu) != 1:

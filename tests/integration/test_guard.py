@@ -134,6 +134,10 @@ def test_an_admin_key_opens_admin_routes_to_its_holder_only(tmp_path):
         assert running.http.post("/v1/training/pause").status_code == 403
         assert running.http.post("/v1/training/pause", headers=admin).status_code == 200
         assert running.http.post("/flush_cache", headers=admin).status_code == 200
+        profile = {"output_dir": str(tmp_path / "profile"), "activities": ["CPU"]}
+        for path, body in (("/start_profile", profile), ("/stop_profile", {})):
+            assert running.http.post(path, json=body, headers=admin).status_code == 200, path
     finally:
         status = running.stop()
     assert status == 0, running.tail()
+    assert list((tmp_path / "profile").glob("*.trace.json.gz"))
