@@ -185,7 +185,6 @@ class ServeBench:
                 metrics = server.train(rids)
                 answer = server.stream(next(draw), 2)
                 times.append(metrics["publish_s"] * 1e3 + answer.ttft_ms)
-                # As far as the server tells loading and the probe apart.
                 parts.append({k: v for k, v in metrics.items() if k.startswith("publish")})
         server.http.post("/v1/training/pause").raise_for_status()
         self._part.config["publish"] = parts

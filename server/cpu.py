@@ -39,7 +39,7 @@ def _has_torchvision_operators() -> bool:
     for folder in (spec and spec.submodule_search_locations) or ():
         for library in Path(folder).glob("_C*.so"):
             try:
-                torch.ops.load_library(library)
+                torch.ops.load_library(library)  # type: ignore[no-untyped-call]
             except OSError:
                 continue
             return True

@@ -26,7 +26,7 @@ from alchemist.server.conversations import Conversations
 from alchemist.server.errors import Conflict
 from alchemist.server.lease_status import lease_status
 from alchemist.server.ledger import Ledger
-from alchemist.server.publisher import Publisher, PublishRefused
+from alchemist.server.publisher import Proven, Publisher, PublishRefused
 from alchemist.server.records import TrainingItem
 from alchemist.server.row_link import RowLink
 from alchemist.server.run import Run
@@ -44,6 +44,8 @@ _HELLO_TIMEOUT_S = 60.0
 _ROWS_EVERY_S = 5.0
 _MAX_CRASHES = 3
 """Times a batch may end the trainer by its own fault before its votes are given up."""
+_MAX_KILLS = 10
+"""Times something else may end the trainer at work, each time on half as many votes, before the same."""
 
 
 class Learner:
@@ -266,7 +268,7 @@ class Learner:
 
     async def _train_forever(self) -> None:
         waiting_since: float | None = None
-        crashes = 0
+        crashes = kills = 0
         size, pairs = self.config.train_batch_size, self.config.objective == "dpo"
         pending: int | None = None
         while True:
@@ -292,20 +294,23 @@ class Learner:
                 )
                 if not is_due:
                     continue
-                items = await self.ledger.next_batch(size, pairs=pairs, versions=self._fresh)
+                # What may have ended the trainer for want of memory is tried again in smaller batches.
+                items = await self.ledger.next_batch(
+                    max(1, size >> kills), pairs=pairs, versions=self._fresh
+                )
                 # Votes may have been deleted since they were counted.
                 if items:
                     await self._train(items)
-                crashes = 0
+                crashes = kills = 0
                 self._flush_left = max(0, self._flush_left - len(items))
                 waiting_since = time.monotonic()
                 self._wake.set()
             except TrainerGone as error:
                 self.last_error = str(error)
-                crashes = crashes + 1 if error.crashed else crashes
-                if crashes >= _MAX_CRASHES:
-                    crashes = 0
-                    reason = f"the trainer ended {_MAX_CRASHES} times on this batch"
+                crashes, kills = crashes + error.crashed, kills + error.killed
+                if crashes >= _MAX_CRASHES or kills >= _MAX_KILLS:
+                    reason = f"the trainer ended {crashes + kills} times on this batch: {error}"
+                    crashes = kills = 0
                     await self.ledger.fail_feedback({i.feedback_id: reason for i in items})
                     self._wake.set()
             except Exception as error:
@@ -352,8 +357,10 @@ class Learner:
             self.tokens_recomputed += answer.tokens_recomputed
             self.last_error = None
             published = time.monotonic()
-            await self._publish(version, answer.path, parent)
+            proven = await self._publish(version, answer.path, parent)
             metrics["publish_s"] = time.monotonic() - published
+            if proven is not None:
+                metrics["publish_load_s"], metrics["publish_probe_s"] = proven[1:]
             self.last_step = {"step": step, "version": f"v{version}", **metrics}
             if self._metrics is not None:
                 self._metrics.on_step(metrics)
@@ -370,27 +377,29 @@ class Learner:
             # Nobody in particular is at fault: try again later rather than at once.
             await asyncio.sleep(1.0)
 
-    async def _publish(self, version: int, path: str, parent: int) -> None:
+    async def _publish(self, version: int, path: str, parent: int) -> Proven | None:
+        """Make a version live; None: that was not to be, and its votes are pending again."""
         if self.live != parent:
             # Somebody promoted or rolled back while the step ran: that is not undone behind their back. The votes
             # are pending again and are trained from what is live now.
             reason = f"v{self.live} was made live during the step"
             await self.ledger.set_version_state(version, "failed", reason, requeue=True)
-            return
+            return None
         try:
-            difference = await self.publisher.load(version, path)
+            proven = await self.publisher.load(version, path)
         except PublishRefused as error:
             self.last_error = str(error)
             logger.error("%s; v%d stays live and training pauses", error, self.live)
             # Its votes are pending again: nobody was served by what they made. Training waits for a person.
             await self.ledger.set_version_state(version, "failed", str(error), requeue=True)
             self.paused = True
-            return
+            return None
         await self.ledger.set_version_state(version, "live", None)
         await self._went_live(version)
-        logger.info("v%d is live (probe difference %.2g nats)", version, difference)
+        logger.info("v%d is live (probe difference %.2g nats)", version, proven.difference)
         await self.publisher.retire({version})
         await self._prune()
+        return proven
 
     @property
     def _fresh(self) -> tuple[int, int]:

@@ -7,9 +7,10 @@ adapter that a request still uses (SGLang would hold back every load until it is
 from __future__ import annotations
 
 import logging
+import time
 import uuid
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from alchemist.protocol import manifest
 from alchemist.server.errors import Unavailable
@@ -21,6 +22,15 @@ PROBE_PREFIX = "alchemist-probe-"
 
 class PublishRefused(Unavailable):
     """The engine does not compute with this version what the trainer does."""
+
+
+class Proven(NamedTuple):
+    """A version that is loaded and computes what the trainer does."""
+
+    difference: float
+    """Mean |difference| of the probe's logprobs, nats per token."""
+    load_s: float
+    probe_s: float
 
 
 class Publisher:
@@ -39,8 +49,8 @@ class Publisher:
         self.live = 0
         """The version that answers requests which do not pin one."""
 
-    async def load(self, version: int, path: str) -> float:
-        """Load and prove a version; the largest probe difference seen, in nats.
+    async def load(self, version: int, path: str) -> Proven:
+        """Load and prove a version.
 
         Raises:
             PublishRefused: the adapter did not load or the probe disagrees; it is not loaded afterwards.
@@ -52,11 +62,13 @@ class Publisher:
             proof = manifest.decode((Path(path) / manifest.FILE).read_bytes())
         except (OSError, ValueError) as error:
             raise PublishRefused(f"version {name}: its manifest cannot be read: {error}") from None
+        started = time.monotonic()
         result = await self._manager.load_lora_adapter(
             LoadLoRAAdapterReqInput(lora_name=name, lora_path=path)
         )
         if not result.success:
             raise PublishRefused(f"version {name} did not load: {result.error_message}")
+        loaded = time.monotonic()
         try:
             difference = await self.probe(name, proof)
         except ValueError as error:
@@ -69,7 +81,7 @@ class Publisher:
                 f"{difference:.4f} nats per token, more than --probe-tolerance {self._tolerance}"
             )
         self.loaded[version] = self._manager.lora_ref_cache[name].lora_id
-        return difference
+        return Proven(difference, loaded - started, time.monotonic() - loaded)
 
     async def probe(self, name: str, proof: manifest.Manifest) -> float:
         """Mean |difference| in nats between the engine's and the trainer's logprobs of the probe tokens.

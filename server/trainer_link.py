@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import signal
 from collections.abc import Callable
 
 import zmq
@@ -23,12 +24,28 @@ MIN_START_S = 600.0
 """A trainer that starts imports and maps a lot, at low priority: it gets at least so long."""
 
 
-class TrainerGone(Unavailable):
-    """The trainer ended before it answered; `crashed`: by its own fault, not by a signal."""
+_FAULTS = {
+    signal.SIGSEGV,
+    signal.SIGABRT,
+    signal.SIGBUS,
+    signal.SIGFPE,
+    signal.SIGILL,
+}
+"""By which a process ends that has done something wrong itself."""
 
-    def __init__(self, crashed: bool, reason: str = "the trainer ended during a step") -> None:
+
+class TrainerGone(Unavailable):
+    """The trainer ended before it answered, or there is none.
+
+    Attributes:
+        crashed: it ended by its own fault.
+        killed: something ended it: a person, the system when memory was short, or we because it did not get on. Whether
+            the batch had to do with it nobody knows.
+    """
+
+    def __init__(self, reason: str, *, crashed: bool = False, killed: bool = False) -> None:
         super().__init__(reason)
-        self.crashed = crashed
+        self.crashed, self.killed = crashed, killed
 
 
 class TrainerLink:
@@ -94,7 +111,7 @@ class TrainerLink:
             TrainerGone: there is no trainer, or it ended first.
         """
         if self._peer is None:
-            raise TrainerGone(crashed=False)
+            raise TrainerGone("there is no trainer now")
         self._answer = asyncio.get_running_loop().create_future()
         try:
             await self._socket.send_multipart([self._peer, messages.encode(request)])
@@ -163,10 +180,7 @@ class TrainerLink:
                     "add --no-train to serve without learning"
                 )
         if self._answer is not None and not self._answer.done():
-            if self._killed_for:
-                # Whether it was the batch's fault nobody knows: its votes are tried again.
-                gone = TrainerGone(crashed=False, reason=self._killed_for)
-            else:
-                gone = TrainerGone(crashed=code > 0)
-            self._answer.set_exception(gone)
+            reason = self._killed_for or f"the trainer ended with status {code} during a step"
+            crashed = code > 0 or -code in _FAULTS
+            self._answer.set_exception(TrainerGone(reason, crashed=crashed, killed=not crashed))
         self._killed_for = ""

@@ -1,5 +1,8 @@
 """Losses as a user would write them, good and bad: named `user_losses:<function>` in tests."""
 
+import os
+import signal
+
 import torch
 
 
@@ -52,6 +55,13 @@ def imaginary(batch):
 def steep(batch):
     """Finite, and so is its gradient by the log-probabilities; not that by the weights."""
     return 1e36 * (batch.logps * batch.mask).sum()
+
+
+def killed_by_two(batch):
+    """As if memory did not suffice for two: the system would end the process like this."""
+    if batch.labels.numel() > 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return batch.logps.sum()
 
 
 not_callable = 3

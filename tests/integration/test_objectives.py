@@ -138,3 +138,18 @@ def test_a_users_loss_trains_and_a_broken_one_fails_its_votes_only(tmp_path):
             assert ask(server, "What is 2 + 3?")["choices"]
         finally:
             assert server.stop() == 0, server.tail()
+
+
+def test_a_batch_that_gets_the_trainer_killed_is_tried_in_halves(tmp_path):
+    server = start(tmp_path, "--objective", "user_losses:killed_by_two", "--train-batch-size", "2")
+    try:
+        server.http.post("/v1/training/pause").raise_for_status()
+        votes = [server.vote(ask(server, f"What is {i} + 3?")["id"], "up")["id"] for i in (2, 4)]
+        server.http.post("/v1/training/resume").raise_for_status()
+        status = train(server, lambda s: s["trained"] == 2)
+        assert (status["failed"], status["live_version"]) == (0, "v2")
+        assert status["trainer"]["restarts"] == 1
+        versions = {server.http.get(f"/v1/feedback/{vote}").json()["version"] for vote in votes}
+        assert versions == {"v1", "v2"}
+    finally:
+        assert server.stop() == 0, server.tail()
