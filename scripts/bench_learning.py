@@ -13,8 +13,8 @@ scenario and variant:
     seconds_per_vote        from the first vote until the last is trained; users hold back while the trainer is behind
     train_seconds_per_vote  of it the trainer's own steps, less what it waited for requests
 
-Values are medians over seeds. --quick is the five variants without corrections on the first scenario, 64 votes each. It
-takes more than the two minutes of other benchmarks: five servers are started, each in 20 s, on a busy machine 60 s.
+Values are medians over seeds. --quick is the seven variants without corrections on the first scenario, 64 votes each. It
+takes more than the two minutes of other benchmarks: seven servers are started, each in 20 s, on a busy machine 60 s.
 """
 
 from __future__ import annotations
@@ -77,7 +77,9 @@ VARIANTS = {
     "kto": Variant(server={"objective": "kto"}),
     "kto_served": Variant(server={"objective": "kto", "reference": "served"}),
     "apo": Variant(server={"objective": "apo_zero_unpaired"}),
+    "apo_served": Variant(server={"objective": "apo_zero_unpaired", "reference": "served"}),
     "dpo": Variant(server=PAIRS, users=TWICE),
+    "dpo_served": Variant(server={**PAIRS, "reference": "served"}, users=TWICE),
     "sft": Variant(server={"objective": "sft"}),
     "kto_corrections": Variant(server={"objective": "kto"}, users=CORRECTING),
     "dpo_corrections": Variant(server=PAIRS, users=(*TWICE, *CORRECTING)),
