@@ -13,8 +13,8 @@ scenario and variant:
     seconds_per_vote        from the first vote until the last is trained; users hold back while the trainer is behind
     train_seconds_per_vote  of it the trainer's own steps, less what it waited for requests
 
-Values are medians over seeds. --quick is the seven variants without corrections on the first scenario, 64 votes each. It
-takes more than the two minutes of other benchmarks: seven servers are started, each in 20 s, on a busy machine 60 s.
+Values are medians over seeds. --quick is the seven variants without corrections on the first scenario, 64 votes each.
+It takes more than the two minutes of other benchmarks: seven servers are started, each in 20 s, on a busy machine 60 s.
 """
 
 from __future__ import annotations

@@ -201,7 +201,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--fixed", type=int, default=8, help="prompts of the fixed batch")
     parser.add_argument("--candidates", type=int, default=60, help="prompts it is chosen from")
     parser.add_argument("--margin", type=float, default=0.01, help="nats (default: 0.01)")
-    parser.add_argument("--vote-share", type=float, default=0.5, help="of answers (default: 0.5)")
+    # More than can be trained in the pauses would leave votes on versions too old in the queue, and few on recent ones.
+    parser.add_argument("--vote-share", type=float, default=0.2, help="of answers (default: 0.2)")
     parser.add_argument("--burst", type=float, default=20, metavar="S", help="of load")
     parser.add_argument("--lull", type=float, default=5, metavar="S", help="without; 0: none")
     parser.add_argument(
