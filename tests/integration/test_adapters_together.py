@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 from live import wait_for
 
 
-def logprobs(server, model, salt, prompt="Tell me all about cats, please. " * 20):
+def logprobs(server, model, salt, prompt="Tell me all about cats, please. " * 60):
     body = {"model": model, "logprobs": True, "max_tokens": 100, "ignore_eos": True}
     choice = server.chat(prompt, cache_salt=salt, **body)["choices"][0]
     return [entry["logprob"] for entry in choice["logprobs"]["content"]]
