@@ -19,9 +19,7 @@ _library: torch.library.Library | None = None
 def prepare() -> None:
     """Make `import sglang` and `import transformers` work beside the CPU build of torch. Idempotent."""
     global _library
-    if _library is not None or torch.cuda.is_available():
-        return
-    if _has_torchvision_operators():
+    if _library is not None or torch.cuda.is_available() or _has_torchvision_operators():
         return
     # torchvision's Python half registers fake kernels for its operators at import; declaring the schemas is all that
     # needs.

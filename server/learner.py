@@ -44,7 +44,7 @@ _HELLO_TIMEOUT_S = 60.0
 _ROWS_EVERY_S = 5.0
 _MAX_CRASHES = 3
 """Times a batch may end the trainer by its own fault before its votes are given up."""
-_MAX_KILLS = 10
+_MAX_KILLS = 20
 """Times something else may end the trainer at work, each time on half as many votes, before the same."""
 
 

@@ -24,13 +24,7 @@ MIN_START_S = 600.0
 """A trainer that starts imports and maps a lot, at low priority: it gets at least so long."""
 
 
-_FAULTS = {
-    signal.SIGSEGV,
-    signal.SIGABRT,
-    signal.SIGBUS,
-    signal.SIGFPE,
-    signal.SIGILL,
-}
+_FAULTS = {signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL}
 """By which a process ends that has done something wrong itself."""
 
 
