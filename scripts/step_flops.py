@@ -25,7 +25,6 @@ import torch
 from step_workload import WorkloadConfig
 from torch.utils.flop_counter import FlopCounterMode
 
-from alchemist.kernels import replay_linear
 from alchemist.kernels.path_attention import TILE
 
 
@@ -108,17 +107,11 @@ def _attention(config: WorkloadConfig, sequence: int, queries: int) -> int:
 
 
 def counted(step: Callable[[], object]) -> int:
-    """Operations of the matrix products of one call, by torch's counter; those of tokens, not those of the rows of
-    zeros by which few tokens become a multiple of 16.
-    """
+    """Operations of the matrix products of one call, by torch's counter."""
     # It knows the products, but not those that add in place.
     in_place = dict.fromkeys((torch.ops.aten.addmm_, torch.ops.aten.baddbmm_), _added)
-    few, replay_linear.FEW_TOKENS = replay_linear.FEW_TOKENS, 0
-    try:
-        with FlopCounterMode(display=False, custom_mapping=in_place) as counter:
-            step()
-    finally:
-        replay_linear.FEW_TOKENS = few
+    with FlopCounterMode(display=False, custom_mapping=in_place) as counter:
+        step()
     return counter.get_total_flops()
 
 

@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from alchemist.kernels.dispatch import uses_triton
+from alchemist.kernels.dispatch import matmul, uses_triton
 from alchemist.kernels.replay_linear import linear
 
 CHUNK_BYTES = 32 << 20
@@ -62,7 +62,7 @@ def linear_logprob(
         logps[pairs] = logits[rows, targets_P[pairs]] - logsumexp[rows, 0]
         if expected is not None:
             probabilities = logits.sub_(logsumexp).exp_()
-            expected[start : start + size] = probabilities.to(weight_VD.dtype) @ weight_VD
+            expected[start : start + size] = matmul(probabilities.to(weight_VD.dtype), weight_VD)
     return LinearLogprob(logps, expected)
 
 

@@ -22,10 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from alchemist.kernels.dispatch import wide_mm
-
-FEW_TOKENS = 512
-"""Where the rates of both ways of `linear` meet."""
+from alchemist.kernels.dispatch import matmul, wide_mm
 
 
 class LoraPart(NamedTuple):
@@ -75,17 +72,11 @@ def unread(shape: Sequence[int], like: Tensor) -> Tensor:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x Wᵀ + bias, [T, E]; of few tokens on a CPU as the transposed view of a contiguous [E, T].
-
-    A CPU's matrix product packs its right-hand factor before it begins. Of few tokens the weight is by far the larger
-    one: on the left the product of 64 to 256 tokens is up to 1.2 times as fast, but only if their number is a multiple
-    of 16; else it is slower.
-    """
-    if x.is_cuda or x.shape[0] > FEW_TOKENS:
+    """x Wᵀ + bias, [T, E]."""
+    if x.is_cuda:
         return torch.nn.functional.linear(x, weight, bias)
-    padded = torch.nn.functional.pad(x, (0, 0, 0, -x.shape[0] % 16)).T
-    y_ET = weight @ padded if bias is None else torch.addmm(bias[:, None], weight, padded)
-    return y_ET[:, : x.shape[0]].T
+    y = matmul(x, weight.T)
+    return y if bias is None else y.add_(bias)
 
 
 class _Meta(NamedTuple):
@@ -140,7 +131,7 @@ class _ReplayLinear(torch.autograd.Function):
                 if dy is None:
                     continue
                 rows = weight[start : start + width]
-                dx = dy @ rows if dx is None else dx.addmm_(dy, rows)
+                dx = matmul(dy, rows) if dx is None else dx.addmm_(dy, rows)
 
         dlora: list[Tensor | None] = [None] * len(lora)
         wanted = []

@@ -6,6 +6,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from alchemist.kernels import (
+    dispatch,
     linear_logprob,
     path_attention,
     replay_linear,
@@ -53,7 +54,51 @@ def assert_equal(found, expected):
         torch.testing.assert_close(a, b, **TOLERANCE)
 
 
-@pytest.mark.parametrize("num_tokens", [0, 1, 7, replay_linear.FEW_TOKENS + 1])
+@pytest.fixture(params=[1, 2, 4, 7, 100], ids="{} columns a block".format)
+def in_blocks(request, monkeypatch):
+    """Products as of few tokens and large weights: with and without a rest, and where the rest is all there is."""
+    monkeypatch.setattr(dispatch, "LARGE", 0)
+    monkeypatch.setattr(dispatch, "BLOCK", request.param)
+
+
+@pytest.mark.parametrize("num_rows", [0, 1, 2, 7])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_matmul_in_blocks(num_rows, transposed, in_blocks):
+    torch.manual_seed(0)
+    a = torch.randn(num_rows, 5, dtype=torch.float64)
+    b = torch.randn(9, 5).double().T if transposed else torch.randn(5, 9).double()
+    product = dispatch.matmul(a, b)
+    assert product.is_contiguous()
+    torch.testing.assert_close(product, a @ b, **TOLERANCE)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_replay_linear_in_blocks(bias, in_blocks):
+    torch.manual_seed(0)
+    x, weight = leaf(3, 5), torch.randn(9, 5).double()
+    bias = torch.randn(9).double() if bias else None
+    parts = [LoraPart(0, 4, leaf(2, 5), leaf(4, 2)), LoraPart(7, 9, leaf(2, 5), leaf(2, 2))]
+    compare(
+        lambda: replay_linear.replay_linear(x, weight, bias, parts, 0.7, (4, 3, 2)),
+        lambda: replay_linear_reference.replay_linear(x, weight, bias, parts, 0.7, (4, 3, 2)),
+        [x, *(t for p in parts for t in (p.a, p.b))],
+    )
+
+
+def test_large_products_of_few_rows_go_by_blocks(monkeypatch):
+    """At the sizes that are set, and at no others."""
+    calls = []
+    bmm = torch.bmm
+    monkeypatch.setattr(torch, "bmm", lambda *args: calls.append(args[0].shape[0]) or bmm(*args))
+    weight = torch.randn(1024, dispatch.LARGE // 1024)
+    for rows in (1, 2, dispatch.FEW_ROWS, dispatch.FEW_ROWS + 1):
+        a = torch.randn(rows, 1024)
+        torch.testing.assert_close(dispatch.matmul(a, weight), a @ weight, rtol=1e-4, atol=1e-3)
+    dispatch.matmul(torch.randn(2, 1024), weight[:, 1:])
+    assert calls == [dispatch.LARGE // 1024 // dispatch.BLOCK] * 2
+
+
+@pytest.mark.parametrize("num_tokens", [0, 1, 7])
 @pytest.mark.parametrize("adapted", [(), (0,), (1, 2), (0, 1, 2)])
 def test_replay_linear(num_tokens, adapted):
     torch.manual_seed(0)
