@@ -14,12 +14,11 @@ from torch import Tensor
 _INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 _HALF = (torch.bfloat16, torch.float16)
 
-FEW_ROWS = 1024
-"""Up to here `matmul` works by blocks."""
 LARGE = 1 << 20
-"""Elements of a right-hand factor from which on it does: a smaller one stays in the cache."""
-BLOCK = 256
-"""Its columns in a block."""
+"""Elements of a right-hand factor from which on `matmul` works by blocks; a smaller one stays in the cache."""
+COLUMNS = 256
+ROWS = 512
+"""Its columns, and rows of the left-hand factor, at most, in a block."""
 
 
 def uses_triton(x: Tensor) -> bool:
@@ -35,16 +34,21 @@ def wide_mm(a: Tensor, b: Tensor) -> Tensor:
 
 
 def matmul(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b, contiguous; of few rows and a large `b` on a CPU as one batched product over blocks of b's columns.
+    """a @ b, contiguous; on a CPU with a large `b` as batched products over blocks of b's columns.
 
-    A CPU's matrix product packs its factors before it begins, and shares the work by the rows of the result. Of few
-    rows packing `b` is most of the work: by blocks, each packs what its cache holds. Measured in docs/log.md.
+    A CPU's matrix product packs its factors before it begins, and its threads share the result by rows. Of few rows
+    packing `b` is most of the work; by blocks, each thread packs what its cache holds. Measured in docs/log.md.
     """
     rows, columns = a.shape[0], b.shape[1]
-    few = 1 < rows <= FEW_ROWS and b.numel() >= LARGE
-    if not few or a.is_cuda or a.dtype in _HALF:
+    if rows < 2 or b.numel() < LARGE or a.is_cuda or a.dtype in _HALF:
         return a @ b
-    count, rest = divmod(columns, BLOCK)
-    blocks = b[:, : columns - rest].unflatten(1, (count, BLOCK)).transpose(0, 1)
-    product = torch.bmm(a.expand(count, *a.shape), blocks).transpose(0, 1).contiguous().flatten(1)
-    return torch.cat([product, a @ b[:, columns - rest :]], dim=1) if rest else product
+    count, rest = divmod(columns, COLUMNS)
+    blocks = b[:, : columns - rest].unflatten(1, (count, COLUMNS)).transpose(0, 1)
+    out = a.new_empty(rows, columns)
+    pieces = -(-rows // ROWS)
+    for piece, target in zip(a.chunk(pieces), out.chunk(pieces), strict=True):
+        product = torch.bmm(piece.expand(count, *piece.shape), blocks)
+        target[:, : columns - rest].unflatten(1, (count, COLUMNS)).copy_(product.transpose(0, 1))
+        if rest:
+            torch.mm(piece, b[:, columns - rest :], out=target[:, columns - rest :])
+    return out

@@ -36,8 +36,11 @@ class _Swiglu(torch.autograd.Function):
             from . import triton
 
             return triton.forward(gate_up)
-        gate, up = gate_up.chunk(2, dim=-1)
-        return torch.nn.functional.silu(gate).mul_(up)
+        y = gate_up.new_empty(gate_up.shape[0], gate_up.shape[1] // 2)
+        for chunk, out in zip(gate_up.split(_ROWS), y.split(_ROWS), strict=True):
+            gate, up = chunk.chunk(2, dim=-1)
+            torch.mul(torch.nn.functional.silu(gate), up, out=out)
+        return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Tensor:
@@ -52,6 +55,6 @@ class _Swiglu(torch.autograd.Function):
         ):
             gate, up = chunk.chunk(2, dim=-1)
             d_gate, d_up = d_in.chunk(2, dim=-1)
-            d_up.copy_(torch.nn.functional.silu(gate).mul_(d_out))
-            d_gate.copy_(torch.ops.aten.silu_backward(d_out * up, gate))
+            torch.mul(torch.nn.functional.silu(gate), d_out, out=d_up)
+            torch.ops.aten.silu_backward.grad_input(d_out * up, gate, grad_input=d_gate)
         return d_gate_up

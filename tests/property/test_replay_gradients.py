@@ -78,16 +78,16 @@ def served(sample):
 
 
 @contextlib.contextmanager
-def sizes(tile=path_attention.TILE, block=None, few=dispatch.FEW_ROWS, heads=1 << 16):
-    """Where the kernels cut: queries a tile, columns a block of a product (then every factor is large), rows that are
-    few, heads (of float64) a chunk of logits.
+def sizes(tile=path_attention.TILE, block=None, heads=1 << 16):
+    """Where the kernels cut: queries a tile, columns and rows a block of a product (then every factor is large), heads
+    (of float64) a chunk of logits.
     """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(path_attention, "TILE", tile)
-        patch.setattr(dispatch, "FEW_ROWS", few)
         if block is not None:
             patch.setattr(dispatch, "LARGE", 0)
-            patch.setattr(dispatch, "BLOCK", block)
+            patch.setattr(dispatch, "COLUMNS", block[0])
+            patch.setattr(dispatch, "ROWS", block[1])
         patch.setattr(linear_logprob, "CHUNK_BYTES", heads * VOCAB * 8)
         yield
 
@@ -160,8 +160,7 @@ def test_any_tree_any_versions_any_mask_any_objective(family, data):
     }
     cuts = {
         "tile": data.draw(st.sampled_from([64, 1, 2, 3])),
-        "block": data.draw(st.sampled_from([None, 1, 3, 7])),
-        "few": data.draw(st.sampled_from([512, 2, 5])),
+        "block": data.draw(st.sampled_from([None, (1, 2), (3, 5), (7, 512)])),
         "heads": data.draw(st.sampled_from([1 << 16, 1, 2, 3])),
     }
     with sizes(**cuts):
@@ -189,10 +188,10 @@ def test_all_none_and_half_recorded(family, objective, share, dtype):
 @pytest.mark.parametrize(
     "cuts",
     [
-        {"tile": 1, "block": 1, "heads": 1},
-        {"tile": 2, "block": 5, "few": 4},
+        {"tile": 1, "block": (1, 3), "heads": 1},
+        {"tile": 2, "block": (5, 4)},
         {"tile": 3, "heads": 2},
-        {"block": 7, "few": 9, "heads": 5},
+        {"block": (7, 9), "heads": 5},
     ],
     ids=str,
 )
@@ -229,7 +228,7 @@ def test_long_completions_of_one_conversation(family, share):
     # Of one sample the prompt alone, of the other one the answer, too.
     lengths = [len(samples[0].prompt_ids), len(served(samples[1]))]
     masks = [torch.rand(n, generator=generator) < share for n in lengths]
-    with sizes(block=5, few=512, heads=7):
+    with sizes(block=(5, 512), heads=7):
         versions = [(adapter, list(zip(samples, masks, strict=True)))]
         result = compare(model, versions, KTO, LIMITS[torch.float64])
     assert result.tokens_reused > path_attention.TILE

@@ -54,11 +54,12 @@ def assert_equal(found, expected):
         torch.testing.assert_close(a, b, **TOLERANCE)
 
 
-@pytest.fixture(params=[1, 2, 4, 7, 100], ids="{} columns a block".format)
+@pytest.fixture(params=[(1, 1), (2, 3), (4, 2), (7, 5), (100, 100)], ids=str)
 def in_blocks(request, monkeypatch):
-    """Products as of few tokens and large weights: with and without a rest, and where the rest is all there is."""
+    """Products as with large weights, by (columns, rows): with a rest, without, and where it is all there is."""
     monkeypatch.setattr(dispatch, "LARGE", 0)
-    monkeypatch.setattr(dispatch, "BLOCK", request.param)
+    monkeypatch.setattr(dispatch, "COLUMNS", request.param[0])
+    monkeypatch.setattr(dispatch, "ROWS", request.param[1])
 
 
 @pytest.mark.parametrize("num_rows", [0, 1, 2, 7])
@@ -85,17 +86,18 @@ def test_replay_linear_in_blocks(bias, in_blocks):
     )
 
 
-def test_large_products_of_few_rows_go_by_blocks(monkeypatch):
+def test_products_with_large_factors_go_by_blocks(monkeypatch):
     """At the sizes that are set, and at no others."""
     calls = []
     bmm = torch.bmm
-    monkeypatch.setattr(torch, "bmm", lambda *args: calls.append(args[0].shape[0]) or bmm(*args))
+    monkeypatch.setattr(torch, "bmm", lambda *args: calls.append(args[0].shape[:2]) or bmm(*args))
     weight = torch.randn(1024, dispatch.LARGE // 1024)
-    for rows in (1, 2, dispatch.FEW_ROWS, dispatch.FEW_ROWS + 1):
+    for rows in (1, 2, dispatch.ROWS, dispatch.ROWS + 2):
         a = torch.randn(rows, 1024)
         torch.testing.assert_close(dispatch.matmul(a, weight), a @ weight, rtol=1e-4, atol=1e-3)
     dispatch.matmul(torch.randn(2, 1024), weight[:, 1:])
-    assert calls == [dispatch.LARGE // 1024 // dispatch.BLOCK] * 2
+    half = dispatch.ROWS // 2 + 1
+    assert calls == [(4, 2), (4, dispatch.ROWS), (4, half), (4, half)]
 
 
 @pytest.mark.parametrize("num_tokens", [0, 1, 7])
