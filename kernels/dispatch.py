@@ -30,14 +30,14 @@ def wide_mm(a: Tensor, b: Tensor) -> Tensor:
     """a @ b; of 16-bit matrices on a GPU the float32 sums, not rounded to 16 bits."""
     if a.is_cuda and a.dtype in _HALF:
         return torch.mm(a, b, out_dtype=torch.float32)
-    return a @ b
+    return matmul(a, b)
 
 
 def matmul(a: Tensor, b: Tensor) -> Tensor:
     """a @ b, contiguous; on a CPU with a large `b` as batched products over blocks of b's columns.
 
     A CPU's matrix product packs its factors before it begins, and its threads share the result by rows. Of few rows
-    packing `b` is most of the work; by blocks, each thread packs what its cache holds. Measured in docs/log.md.
+    packing `b` is most of the work; by blocks, each thread packs what its cache holds. Measured: docs/log.md.
     """
     rows, columns = a.shape[0], b.shape[1]
     if rows < 2 or b.numel() < LARGE or a.is_cuda or a.dtype in _HALF:
