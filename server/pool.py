@@ -694,9 +694,11 @@ class ActivationPool:
         found = self.record_of_slot[slots.numpy()[:length]]
         records[: found.size] = found
         completion = self.answers.get(rid)
-        if completion is not None and completion.records.size == length:
-            own = np.where(completion.is_alive(self._gen), completion.records, -1)
-            records = np.where(records >= 0, records, own)
+        if completion is not None:
+            # It may have been recorded without the answer that is asked for, or with one that is not.
+            own = np.where(completion.is_alive(self._gen), completion.records, -1)[:length]
+            head = records[: own.size]
+            records[: own.size] = np.where(head >= 0, head, own)
         return np.where(self._is_ready[records], records, -1)
 
     # The table at work

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from scheduler_support import Scheduler
 
@@ -27,8 +28,8 @@ def scheduler(tmp_path):
     scheduler.engine.close()
 
 
-def check_out(scheduler, peer, ticket):
-    prompt = messages.Prompt(rid="a", extra_key=None, token_ids=messages.pack_ids(PROMPT))
+def check_out(scheduler, peer, ticket, token_ids=PROMPT):
+    prompt = messages.Prompt(rid="a", extra_key=None, token_ids=messages.pack_ids(token_ids))
     answer = scheduler.engine._answer(peer, messages.CheckOut(ticket=ticket, prompts=[prompt]))
     assert isinstance(answer, messages.CheckedOut)
     assert answer.ticket == ticket
@@ -94,3 +95,16 @@ def test_when_recording_has_stopped_a_trainer_is_told_that_there_are_no_rows(sch
     scheduler.engine._answer(b"one", messages.CheckIn(ticket=1, consumed=["a"]))
     stats = scheduler.engine._answer(b"one", messages.AskRows(ticket=3))
     assert b"MemoryError: a test" in stats.stats
+
+
+@pytest.mark.parametrize("asked", [[*PROMPT, 9, 10], PROMPT, PROMPT[:5]], ids=len)
+def test_rows_of_a_prompt_are_found_with_or_without_its_answer(scheduler, asked):
+    """The trainer asks for prompt and answer, whatever of them was recorded; serving has forgotten both."""
+    places = check_out(scheduler, b"one", 1, asked)
+    assert places is not None
+    rows = np.frombuffer(places.rows, dtype=np.int64)
+    known = min(len(asked), len(PROMPT))
+    assert rows.size == len(asked)
+    assert (rows[:known] >= 0).all()
+    assert (rows[known:] == -1).all()
+    assert len(set(rows[:known].tolist())) == known
