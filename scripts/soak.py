@@ -13,7 +13,7 @@ are taken whose tokens cannot depend on company (see `fixed_batch.py`), so the c
     logprob_difference  largest to plain SGLang's, nats: what is wrong without changing a token shows here
     errors, log_errors  requests that failed; lines of the server's log that are errors, or begin a traceback
     fds_*, own_*        growth of each process from the second quarter of the time to the last
-    reuse_ratio         of trained tokens that came from rows, which lie in memory that serving takes back; bar 0.1
+    reuse_ratio         of trained tokens that came from rows, which lie in memory that serving takes back; bar 0.5
     shared_growth       the same of shared memory; left_behind: processes and files in /dev/shm after the end
 
 "Full pressure" is `kv_in_use`: used by running requests, looked at once a second during bursts.
@@ -48,7 +48,7 @@ from soak_clients import Seen, Soak
 from alchemist.server.main import TINY_MODEL
 
 ROOT = Path(__file__).parents[1]
-MIN_REUSE = 0.1
+MIN_REUSE = 0.5
 """Share of the trained tokens that must have come from rows; or what the trainer did was no test of lent memory."""
 MAX_GROWTH_FDS = 8
 MAX_GROWTH_SHARED = 1 << 20
