@@ -43,12 +43,13 @@ def matmul(a: Tensor, b: Tensor) -> Tensor:
     if rows < 2 or b.numel() < LARGE or a.is_cuda or a.dtype in _HALF:
         return a @ b
     count, rest = divmod(columns, COLUMNS)
-    blocks = b[:, : columns - rest].unflatten(1, (count, COLUMNS)).transpose(0, 1)
+    blocks = b[:, : columns - rest].view(b.shape[0], count, COLUMNS).transpose(0, 1)
     out = a.new_empty(rows, columns)
     pieces = -(-rows // ROWS)
     for piece, target in zip(a.chunk(pieces), out.chunk(pieces), strict=True):
         product = torch.bmm(piece.expand(count, *piece.shape), blocks)
-        target[:, : columns - rest].unflatten(1, (count, COLUMNS)).copy_(product.transpose(0, 1))
+        whole = target[:, : columns - rest].view(piece.shape[0], count, COLUMNS)
+        whole.copy_(product.transpose(0, 1))
         if rest:
             torch.mm(piece, b[:, columns - rest :], out=target[:, columns - rest :])
     return out
