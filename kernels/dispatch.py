@@ -33,15 +33,20 @@ def wide_mm(a: Tensor, b: Tensor) -> Tensor:
     return matmul(a, b)
 
 
+def goes_by_blocks(a: Tensor, b: Tensor) -> bool:
+    """Whether `matmul` is not just a @ b."""
+    return a.shape[0] > 1 and b.numel() >= LARGE and not (a.is_cuda or a.dtype in _HALF)
+
+
 def matmul(a: Tensor, b: Tensor) -> Tensor:
     """a @ b, contiguous; on a CPU with a large `b` as batched products over blocks of b's columns.
 
     A CPU's matrix product packs its factors before it begins, and its threads share the result by rows. Of few rows
     packing `b` is most of the work; by blocks, each thread packs what its cache holds. Measured: docs/log.md.
     """
-    rows, columns = a.shape[0], b.shape[1]
-    if rows < 2 or b.numel() < LARGE or a.is_cuda or a.dtype in _HALF:
+    if not goes_by_blocks(a, b):
         return a @ b
+    rows, columns = a.shape[0], b.shape[1]
     count, rest = divmod(columns, COLUMNS)
     blocks = b[:, : columns - rest].view(b.shape[0], count, COLUMNS).transpose(0, 1)
     out = a.new_empty(rows, columns)

@@ -100,7 +100,7 @@ def test_products_with_large_factors_go_by_blocks(monkeypatch):
     assert calls == [(4, 2), (4, dispatch.ROWS), (4, half), (4, half)]
 
 
-@pytest.mark.parametrize("num_tokens", [0, 1, 7])
+@pytest.mark.parametrize("num_tokens", [0, 1, 7, dispatch.ROWS + 1])
 @pytest.mark.parametrize("adapted", [(), (0,), (1, 2), (0, 1, 2)])
 def test_replay_linear(num_tokens, adapted):
     torch.manual_seed(0)
