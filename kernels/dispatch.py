@@ -7,35 +7,46 @@ interpreter: slow, for tests. Triton is imported by the first call that needs it
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 _INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
-_HALF = (torch.bfloat16, torch.float16)
+HALF = (torch.bfloat16, torch.float16)
 
 LARGE = 1 << 20
 """Elements of a right-hand factor from which on `matmul` works by blocks; a smaller one stays in the cache."""
 COLUMNS = 256
 ROWS = 512
 """Its columns, and rows of the left-hand factor, at most, in a block."""
+CACHED_ROWS = 128
+"""Rows of a few thousand elements of which a few buffers stay in a CPU's cache."""
 
 
 def uses_triton(x: Tensor) -> bool:
     """Whether the operation on `x` is a Triton kernel. float64 never is: it is for checks."""
-    return (x.is_cuda or _INTERPRET) and x.dtype in (*_HALF, torch.float32)
+    return (x.is_cuda or _INTERPRET) and x.dtype in (*HALF, torch.float32)
+
+
+def row_slices(x: Tensor) -> Iterator[slice]:
+    """`CACHED_ROWS` rows at a time, for elementwise work of several passes on a CPU: all but the first find them in the
+    cache.
+    """
+    rows = x.shape[0]
+    return (slice(i, min(i + CACHED_ROWS, rows)) for i in range(0, rows, CACHED_ROWS))
 
 
 def wide_mm(a: Tensor, b: Tensor) -> Tensor:
     """a @ b; of 16-bit matrices on a GPU the float32 sums, not rounded to 16 bits."""
-    if a.is_cuda and a.dtype in _HALF:
+    if a.is_cuda and a.dtype in HALF:
         return torch.mm(a, b, out_dtype=torch.float32)
     return matmul(a, b)
 
 
 def goes_by_blocks(a: Tensor, b: Tensor) -> bool:
     """Whether `matmul` is not just a @ b."""
-    return a.shape[0] > 1 and b.numel() >= LARGE and not (a.is_cuda or a.dtype in _HALF)
+    return a.shape[0] > 1 and b.numel() >= LARGE and not (a.is_cuda or a.dtype in HALF)
 
 
 def matmul(a: Tensor, b: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ KERNEL_CASES = {
     "pooled_attention": "attention over keys in the pool's slots and others",
     "log_probabilities": "LM head and log-probabilities",
     "linears": "replayed linear with adapters",
+    "mlps": "gated MLP with adapters",
     "packed_rows": "rows packed and unpacked",
     "eight_bits": "rows in eight bits and back",
     "eight_bit_codes": "every number of eight bits",

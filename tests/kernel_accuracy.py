@@ -18,6 +18,7 @@ from torch import Tensor
 
 from alchemist.kernels import (
     fp8_rows,
+    gated_mlp,
     linear_logprob,
     pack_rows,
     path_attention,
@@ -28,6 +29,8 @@ from alchemist.kernels import (
 )
 from alchemist.kernels.dispatch import uses_triton
 from alchemist.kernels.fp8_rows import reference as fp8_rows_reference
+from alchemist.kernels.gated_mlp import Projection
+from alchemist.kernels.gated_mlp import reference as gated_mlp_reference
 from alchemist.kernels.linear_logprob import reference as linear_logprob_reference
 from alchemist.kernels.pack_rows import Field
 from alchemist.kernels.pack_rows import reference as pack_rows_reference
@@ -475,6 +478,38 @@ def linears(bench: Bench) -> Iterator[Comparison]:
                 yield found
 
 
+def mlps(bench: Bench) -> Iterator[Comparison]:
+    """Gated MLP with adapters."""
+    h, inner, rank, scaling = (32, 96, 4, 2.0) if bench.is_small else (1024, 3072, 16, 2.0)
+    fixed = {
+        "up_weight": bench.random(2 * inner, h, scale=h**-0.5),
+        "down_weight": bench.random(h, inner, scale=inner**-0.5),
+    }
+    for num_tokens in (1, 65, 130):
+        leaves = {"x": bench.random(num_tokens, h)}
+        for name, rows, columns in (("gate", inner, h), ("up", inner, h), ("down", h, inner)):
+            leaves[f"{name}_a"] = bench.random(rank, columns, scale=columns**-0.5)
+            leaves[f"{name}_b"] = bench.random(rows, rank, scale=0.1)
+
+        def call(function, x: Tensor, up_weight: Tensor, down_weight: Tensor, **lora: Tensor):
+            a, b = ([lora[f"{name}_{ab}"] for name in ("gate", "up", "down")] for ab in "ab")
+            ups = [
+                LoraPart(0, inner, a[0], b[0]),
+                LoraPart(inner, 2 * inner, a[1], b[1]),
+            ]
+            gate_up = Projection(up_weight, None, ups)
+            down = Projection(down_weight, None, [LoraPart(0, h, a[2], b[2])])
+            return (function(x, gate_up, down, scaling)[1],)
+
+        yield from bench.compare(
+            f"gated_mlp T={num_tokens}",
+            partial(call, gated_mlp.gated_mlp),
+            partial(call, gated_mlp_reference.gated_mlp),
+            leaves,
+            **fixed,
+        )
+
+
 def packed_rows(bench: Bench) -> Iterator[Comparison]:
     """Rows in cells and back, bit for bit; cells of the activations' width and of half of it; rows left out."""
     num_heads, dim = 2, 8 if bench.is_small else 128
@@ -558,6 +593,7 @@ CASES: dict[str, Case] = {
     "pooled_attention": pooled_attention,
     "log_probabilities": log_probabilities,
     "linears": linears,
+    "mlps": mlps,
     "packed_rows": packed_rows,
     "eight_bits": eight_bits,
     "eight_bit_codes": eight_bit_codes,

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from alchemist.kernels.gated_mlp import Projection, gated_mlp
 from alchemist.kernels.replay_linear import LoraPart, replay_linear, unread
 from alchemist.kernels.rms_norm import add_rms_norm, rms_norm
 from alchemist.kernels.rope import norm_rope, rope
@@ -115,6 +116,7 @@ def decoder_layer(
     *,
     queries: Tensor | None = None,
     recorded: LayerValues | None = None,
+    keep: bool = True,
     pause: Pause = no_pause,
 ) -> tuple[Tensor, Tensor, LayerValues]:
     """One layer.
@@ -123,6 +125,7 @@ def decoder_layer(
         tables: cos, sin [T, d/2].
         queries: int64 [Q] tokens that are carried past the keys and values; None: all.
         recorded: values of all T tokens (x, keys, values, k) and of the Q queries (the rest).
+        keep: whether the values are to be replayed: else `gate_up` is a placeholder (`unread`).
         pause: called between operations.
 
     Returns:
@@ -159,17 +162,14 @@ def decoder_layer(
     mid, normed = add_rms_norm(
         residual, o, weights.post_attention_norm, eps, recorded.mid if recorded else None
     )
-    (gate_up,) = replay_linear(
+    gate_up, down = gated_mlp(
         pause(normed),
-        weights.gate_up,
-        weights.gate_up_bias,
-        lora.gate_up,
+        Projection(weights.gate_up, weights.gate_up_bias, lora.gate_up),
+        Projection(weights.down, weights.down_bias, lora.down),
         lora.scaling,
-        recorded=(recorded.gate_up,) if recorded else None,
-    )
-    inner = pause(swiglu(pause(gate_up)))
-    (down,) = replay_linear(
-        inner, weights.down, weights.down_bias, lora.down, lora.scaling, recorded=skip
+        recorded.gate_up if recorded else None,
+        keep=keep,
+        pause=pause,
     )
     kept_k = k if weights.k_norm is not None else None
     return mid, down, LayerValues(x_TH, q, kept_k, attn, mid, gate_up, keys, values)

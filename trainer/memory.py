@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from alchemist.kernels.dispatch import HALF, ROWS
 from alchemist.kernels.linear_logprob import CHUNK_BYTES
 from alchemist.kernels.path_attention import TILE
 
@@ -46,24 +47,32 @@ def step_bytes(
     below = max(0, layers - 2) * kept
     path, score_tile = longest * kv, shape.num_heads * TILE * longest
 
-    def forward_peak(tokens: int, rows: int, kept: int) -> int:
-        mlp = tokens * (5 * h + 2 * q + 3 * kv + normed_qk + 3 * inner)
+    def piece(tokens: int) -> int:
+        """Tokens that the MLP takes at a time."""
+        return tokens if dtype in HALF else min(tokens, ROWS)
+
+    def forward_peak(tokens: int, rows: int, kept: int, *, has_backward: bool = True) -> int:
+        gate_up = 2 * inner if has_backward else 0
+        mlp = tokens * (6 * h + 2 * q + 3 * kv + normed_qk + gate_up)
+        mlp += piece(tokens) * (3 * inner - gate_up + h)
         keys = 2 * (rows + tokens) * kv if rows else 0
         attention = tokens * (2 * h + 4 * q + 3 * kv + normed_qk)
-        return max(mlp, attention + keys + 2 * path + 3 * score_tile, tokens * (values + h) + kept)
+        after = tokens * (values - 2 * inner + gate_up + h) + kept
+        return max(mlp, attention + keys + 2 * path + 3 * score_tile, after)
 
     peaks = [below + forward_peak(computed, recorded, kept if scored else 0)]
     if reference:
-        peaks.append(forward_peak(differentiated + scored, 0, 0))
+        peaks.append(forward_peak(differentiated + scored, 0, 0, has_backward=False))
     row = values if not recorded else values - (0 if shape.has_qk_norm else kv)
-    swiglu = differentiated * (3 * h + q + 3 * inner) + 4 * min(differentiated, 128) * inner
+    swiglu = piece(differentiated) * (3 * inner + h) + 4 * min(differentiated, 128) * inner
+    swiglu += differentiated * (5 * h + q)
     attention = differentiated * (4 * h + 4 * q + 4 * kv) + 4 * path + 5 * score_tile
     fetch = kept + differentiated * h if recorded else 0
     peaks.append(below + differentiated * row + max(swiglu, attention, fetch))
     # In the last layer only answer positions go past keys and values.
     past_keys = 5 * h + 2 * q + normed_qk + 3 * inner
     last_forward = computed * (2 * h + 4 * kv) + heads * past_keys
-    last_backward = differentiated * (3 * h + 6 * kv) + response * (4 * h + 3 * q + 5 * inner)
+    last_backward = differentiated * (3 * h + 6 * kv) + response * (5 * h + 3 * q + 5 * inner)
     peaks.append(max(1, layers - 1) * kept + max(last_forward, last_backward))
     last = missing * (h + 3 * kv) + response * (2 * q + h + 2 * inner)
     chunk = min(heads * shape.vocab_size * wide, CHUNK_BYTES)

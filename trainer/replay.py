@@ -167,6 +167,7 @@ class Replay:
                     cos_sin,
                     attend,
                     queries=batch.missing_heads if last else None,
+                    keep=gradient,
                     pause=self._pause,
                 )
                 x = out = mid + down

@@ -27,6 +27,10 @@ class RowsRevoked(RuntimeError):
         self.rows = rows
 
 
+_PIECE = 1 << 18
+"""Elements gathered at a time where a field has to be put together."""
+
+
 @dataclass(frozen=True)
 class Recorded:
     """Where a sample's tokens are recorded: its prompt's, or those and its response's but for the last one, which is
@@ -130,17 +134,18 @@ class ActivationView:
             return
         n, cell = places.num_device, self.layout.cell
         for plane, first, count, offset in self._parts[field]:
-            index = places.cells[:, first : first + count].reshape(-1)
-            source = self._planes[layer][plane]
+            cells, source = places.cells[:, first : first + count], self._planes[layer][plane]
             if places.at_device is None and count * cell == width and out.is_contiguous():
-                torch.index_select(source, 0, index, out=out.view(-1, cell))
+                torch.index_select(source, 0, cells.reshape(-1), out=out.view(-1, cell))
                 return
-            found = source.index_select(0, index).view(n, count * cell)[:, : width - offset]
-            columns = slice(offset, offset + found.shape[1])
-            if places.at_device is None:
-                out[:, columns] = found
-            else:
-                out[places.at_device, columns] = found
+            columns = slice(offset, min(offset + count * cell, width))
+            # In pieces that stay in the cache: a copy of the whole would be fresh memory, filled once and read once.
+            rows_at_once = max(1, _PIECE // (count * cell))
+            for begin in range(0, n, rows_at_once):
+                piece = slice(begin, begin + rows_at_once)
+                found = source.index_select(0, cells[piece].reshape(-1)).view(-1, count * cell)
+                target = piece if places.at_device is None else places.at_device[piece]
+                out[target, columns] = found[:, : width - offset]
         if places.at_host is not None:
             out[places.at_host] = self._host[layer][places.host_rows, start : start + width]
 

@@ -120,54 +120,85 @@ class _ReplayLinear(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         x, weight, *lora = ctx.saved_tensors
         meta: _Meta = ctx.meta
-        starts = [sum(meta.splits[:i]) for i in range(len(meta.splits))]
-        needs_x, needs_lora = ctx.needs_input_grad[0], ctx.needs_input_grad[5:]
-
-        dx = None
-        if needs_x and x.is_cuda and all(dy is not None for dy in grads):
-            # One sum, rounded once; a product per output would round every partial sum.
-            dx = (grads[0] if len(grads) == 1 else torch.cat(grads, dim=-1)) @ weight
-        elif needs_x:
-            for dy, start, width in zip(grads, starts, meta.splits, strict=True):
-                if dy is None:
-                    continue
-                rows = weight[start : start + width]
-                dx = matmul(dy, rows) if dx is None else dx.addmm_(dy, rows)
-
-        dlora: list[Tensor | None] = [None] * len(lora)
-        wanted = []
-        for i, (start, end, is_zero) in enumerate(meta.ranges):
-            split = max(j for j, s in enumerate(starts) if s <= start)
-            dy = grads[split]
-            if dy is not None and (needs_x or needs_lora[2 * i] or needs_lora[2 * i + 1]):
-                wanted.append((i, dy[:, start - starts[split] : end - starts[split]], is_zero))
-        if not wanted:
-            return (dx, None, None, None, None, *dlora)
-
-        # All adapters of one input share two thin products: x Aᵀ for dB, (dy B)ᵀ x for dA.
-        if any(needs_lora[2 * i + 1] for i, _, _ in wanted):
-            x_a = x @ torch.cat([lora[2 * i] for i, _, _ in wanted]).T
-            offset = 0
-            for i, dy, _ in wanted:
-                rank = lora[2 * i].shape[0]
-                part = x_a[:, offset : offset + rank]
-                # (partᵀ dy)ᵀ runs at twice the rate of dyᵀ part.
-                dlora[2 * i + 1] = wide_mm(part.T, dy).mul_(meta.scaling).T
-                offset += rank
-        for i, _, is_zero in wanted:
-            if is_zero and needs_lora[2 * i]:
-                dlora[2 * i] = torch.zeros_like(lora[2 * i])
-        live = [(i, dy) for i, dy, is_zero in wanted if not is_zero]
-        if live:
-            d_xa = torch.cat([wide_mm(dy, lora[2 * i + 1]) for i, dy in live], dim=1)
-            d_xa = d_xa.mul_(meta.scaling).to(x.dtype)
-            if dx is not None:
-                dx.addmm_(d_xa, torch.cat([lora[2 * i] for i, _ in live]))
-            if any(needs_lora[2 * i] for i, _ in live):
-                da = wide_mm(d_xa.T, x)
-                offset = 0
-                for i, _ in live:
-                    rank = lora[2 * i].shape[0]
-                    dlora[2 * i] = da[offset : offset + rank]
-                    offset += rank
+        matrices = zip(meta.ranges, lora[::2], lora[1::2], strict=True)
+        dx, dlora = gradients(
+            x,
+            weight,
+            [LoraPart(start, end, a, b, is_zero) for (start, end, is_zero), a, b in matrices],
+            meta.scaling,
+            grads,
+            meta.splits,
+            needs_x=ctx.needs_input_grad[0],
+            needs_lora=ctx.needs_input_grad[5:],
+        )
         return (dx, None, None, None, None, *dlora)
+
+
+def gradients(
+    x: Tensor,
+    weight: Tensor,
+    parts: Sequence[LoraPart],
+    scaling: float,
+    grads: Sequence[Tensor | None],
+    splits: Sequence[int] | None = None,
+    *,
+    needs_x: bool,
+    needs_lora: Sequence[bool],
+) -> tuple[Tensor | None, list[Tensor | None]]:
+    """Of `replay_linear`'s x, and of every part's a and b in turn, for the gradients of its outputs; None where none is
+    needed or there is none. Nothing else holds them.
+
+    Args:
+        needs_lora: of every part's a and b in turn.
+    """
+    splits = tuple(splits or (weight.shape[0],))
+    starts = [sum(splits[:i]) for i in range(len(splits))]
+
+    dx = None
+    if needs_x and x.is_cuda and all(dy is not None for dy in grads):
+        # One sum, rounded once; a product per output would round every partial sum.
+        dx = (grads[0] if len(grads) == 1 else torch.cat(grads, dim=-1)) @ weight
+    elif needs_x:
+        for dy, start, width in zip(grads, starts, splits, strict=True):
+            if dy is None:
+                continue
+            rows = weight[start : start + width]
+            dx = matmul(dy, rows) if dx is None else dx.addmm_(dy, rows)
+
+    dlora: list[Tensor | None] = [None] * (2 * len(parts))
+    wanted = []
+    for i, part in enumerate(parts):
+        split = max(j for j, s in enumerate(starts) if s <= part.start)
+        dy = grads[split]
+        if dy is not None and (needs_x or needs_lora[2 * i] or needs_lora[2 * i + 1]):
+            wanted.append((i, part, dy[:, part.start - starts[split] : part.end - starts[split]]))
+    if not wanted:
+        return dx, dlora
+
+    # All adapters of one input share two thin products: x Aᵀ for dB, (dy B)ᵀ x for dA.
+    if any(needs_lora[2 * i + 1] for i, _, _ in wanted):
+        x_a = x @ torch.cat([part.a for _, part, _ in wanted]).T
+        offset = 0
+        for i, part, dy in wanted:
+            rank = part.a.shape[0]
+            own = x_a[:, offset : offset + rank]
+            # (ownᵀ dy)ᵀ runs at twice the rate of dyᵀ own.
+            dlora[2 * i + 1] = wide_mm(own.T, dy).mul_(scaling).T
+            offset += rank
+    for i, part, _ in wanted:
+        if part.b_is_zero and needs_lora[2 * i]:
+            dlora[2 * i] = torch.zeros_like(part.a)
+    live = [(i, part, dy) for i, part, dy in wanted if not part.b_is_zero]
+    if live:
+        d_xa = torch.cat([wide_mm(dy, part.b) for _, part, dy in live], dim=1)
+        d_xa = d_xa.mul_(scaling).to(x.dtype)
+        if dx is not None:
+            dx.addmm_(d_xa, torch.cat([part.a for _, part, _ in live]))
+        if any(needs_lora[2 * i] for i, _, _ in live):
+            da = wide_mm(d_xa.T, x)
+            offset = 0
+            for i, part, _ in live:
+                rank = part.a.shape[0]
+                dlora[2 * i] = da[offset : offset + rank]
+                offset += rank
+    return dx, dlora

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from alchemist.kernels.dispatch import uses_triton
+from alchemist.kernels.dispatch import row_slices, uses_triton
 
 
 def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
@@ -57,6 +57,14 @@ def _reciprocal_std(x: Tensor, eps: float) -> Tensor:
     )
 
 
+def _gradient(summed: Tensor, rstd: Tensor, weight: Tensor, d_normed: Tensor) -> Tensor:
+    """rstd · (g − s · mean(g·s) · rstd²) with g = dn · w."""
+    g = d_normed.to(rstd.dtype) * weight
+    mean = torch.linalg.vecdot(g, summed.to(rstd.dtype)).unsqueeze(-1).div_(summed.shape[-1])
+    g.addcmul_(summed, mean.mul_(rstd.square()), value=-1).mul_(rstd)
+    return g.to(summed.dtype)
+
+
 class _AddRmsNorm(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -75,11 +83,17 @@ class _AddRmsNorm(torch.autograd.Function):
             summed, normed, rstd = triton.forward(x, addend, weight, eps, recorded)
             ctx.save_for_backward(summed, rstd, weight)
             return summed.detach(), normed
-        if recorded is None:
-            recorded = x if addend is None else x + addend
-        summed = recorded.detach()
-        rstd = _reciprocal_std(summed, eps)
-        normed = (summed * rstd).to(summed.dtype).mul_(weight)
+        adds = recorded is None and addend is not None
+        summed = torch.empty_like(x) if adds else (x if recorded is None else recorded).detach()
+        normed = torch.empty_like(summed, memory_format=torch.contiguous_format)
+        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+        rstd = normed.new_empty(*normed.shape[:-1], 1, dtype=wide)
+        for rows in row_slices(summed):
+            if adds and addend is not None:
+                torch.add(x[rows], addend[rows], out=summed[rows])
+            part = summed[rows]
+            rstd[rows] = _reciprocal_std(part, eps)
+            normed[rows] = (part * rstd[rows]).to(part.dtype).mul_(weight)
         ctx.save_for_backward(summed, rstd, weight)
         return summed, normed
 
@@ -94,12 +108,8 @@ class _AddRmsNorm(torch.autograd.Function):
 
             dx = triton.backward(summed, rstd, weight, d_normed, d_sum)
         elif d_normed is not None:
-            # d/ds = rstd · (g − s · mean(g·s) · rstd²) with g = dn · w
-            g = d_normed.to(rstd.dtype) * weight
-            mean = (
-                torch.linalg.vecdot(g, summed.to(rstd.dtype)).unsqueeze(-1).div_(summed.shape[-1])
-            )
-            g.addcmul_(summed, mean.mul_(rstd.square()), value=-1).mul_(rstd)
-            g = g.to(summed.dtype)
-            dx = g if d_sum is None else g.add_(d_sum)
+            dx = torch.empty_like(summed, memory_format=torch.contiguous_format)
+            for rows in row_slices(summed):
+                g = _gradient(summed[rows], rstd[rows], weight, d_normed[rows])
+                dx[rows] = g if d_sum is None else g.add_(d_sum[rows])
         return dx, dx if ctx.has_addend else None, None, None, None

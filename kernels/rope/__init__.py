@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from alchemist.kernels.dispatch import uses_triton
+from alchemist.kernels.dispatch import row_slices, uses_triton
 from alchemist.kernels.rms_norm import rms_norm
 
 
@@ -51,12 +51,13 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         from . import triton
 
         return triton.forward(x, cos, sin)
-    x1, x2 = x.chunk(2, dim=-1)
     cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
-    y1, y2 = y.chunk(2, dim=-1)
-    torch.mul(x1, cos, out=y1).addcmul_(x2, sin, value=-1)
-    torch.mul(x2, cos, out=y2).addcmul_(x1, sin)
+    for rows in row_slices(x):
+        c, s = cos[rows], sin[rows]
+        (x1, x2), (y1, y2) = (t[rows].chunk(2, dim=-1) for t in (x, y))
+        torch.mul(x1, c, out=y1).addcmul_(x2, s, value=-1)
+        torch.mul(x2, c, out=y2).addcmul_(x1, s)
     return y
 
 

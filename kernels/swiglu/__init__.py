@@ -16,10 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from alchemist.kernels.dispatch import uses_triton
-
-# Rows worked on at once: three [rows, I] buffers stay in a core's cache.
-_ROWS = 128
+from alchemist.kernels.dispatch import row_slices, uses_triton
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
@@ -37,24 +34,27 @@ class _Swiglu(torch.autograd.Function):
 
             return triton.forward(gate_up)
         y = gate_up.new_empty(gate_up.shape[0], gate_up.shape[1] // 2)
-        for chunk, out in zip(gate_up.split(_ROWS), y.split(_ROWS), strict=True):
-            gate, up = chunk.chunk(2, dim=-1)
-            torch.mul(torch.nn.functional.silu(gate), up, out=out)
+        for rows in row_slices(y):
+            gate, up = gate_up[rows].chunk(2, dim=-1)
+            torch.mul(torch.nn.functional.silu(gate), up, out=y[rows])
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Tensor:
         (gate_up,) = ctx.saved_tensors
-        if uses_triton(gate_up):
-            from . import triton
+        return gradient(gate_up, dy)
 
-            return triton.backward(gate_up, dy)
-        d_gate_up = torch.empty_like(gate_up)
-        for chunk, d_out, d_in in zip(
-            gate_up.split(_ROWS), dy.split(_ROWS), d_gate_up.split(_ROWS), strict=True
-        ):
-            gate, up = chunk.chunk(2, dim=-1)
-            d_gate, d_up = d_in.chunk(2, dim=-1)
-            torch.mul(torch.nn.functional.silu(gate), d_out, out=d_up)
-            torch.ops.aten.silu_backward.grad_input(d_out * up, gate, grad_input=d_gate)
-        return d_gate_up
+
+def gradient(gate_up: Tensor, dy: Tensor) -> Tensor:
+    """Gradient of `gate_up`, [T, 2I], for that of the output, [T, I]."""
+    if uses_triton(gate_up):
+        from . import triton
+
+        return triton.backward(gate_up, dy)
+    d_gate_up = torch.empty_like(gate_up)
+    for rows in row_slices(dy):
+        gate, up = gate_up[rows].chunk(2, dim=-1)
+        d_gate, d_up = d_gate_up[rows].chunk(2, dim=-1)
+        torch.mul(torch.nn.functional.silu(gate), dy[rows], out=d_up)
+        torch.ops.aten.silu_backward.grad_input(dy[rows] * up, gate, grad_input=d_gate)
+    return d_gate_up

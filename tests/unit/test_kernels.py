@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from alchemist.kernels import (
     dispatch,
+    gated_mlp,
     linear_logprob,
     path_attention,
     replay_linear,
@@ -14,6 +15,8 @@ from alchemist.kernels import (
     rope,
     swiglu,
 )
+from alchemist.kernels.gated_mlp import Projection
+from alchemist.kernels.gated_mlp import reference as gated_mlp_reference
 from alchemist.kernels.linear_logprob import reference as linear_logprob_reference
 from alchemist.kernels.path_attention import PathBlock
 from alchemist.kernels.path_attention import reference as path_attention_reference
@@ -191,6 +194,74 @@ def test_norm_and_rope_at_once():
 def test_swiglu(num_tokens):
     x = leaf(num_tokens, 10)
     compare(lambda: (swiglu.swiglu(x),), lambda: (swiglu_reference.swiglu(x),), [x])
+
+
+def mlp(adapted=("gate", "up", "down"), *, has_bias=True):
+    """The projections of an MLP of 5 and 6, and the leaves of the adapters named in `adapted`."""
+
+    def part(name, start, end, width):
+        return (
+            [LoraPart(start, end, leaf(2, width), leaf(end - start, 2))] if name in adapted else []
+        )
+
+    bias = (torch.randn(12).double(), torch.randn(5).double()) if has_bias else (None, None)
+    ups = [*part("gate", 0, 6, 5), *part("up", 6, 12, 5)]
+    gate_up = Projection(torch.randn(12, 5).double(), bias[0], ups)
+    down = Projection(torch.randn(5, 6).double(), bias[1], part("down", 0, 5, 6))
+    return gate_up, down, [t for p in (*gate_up.parts, *down.parts) for t in (p.a, p.b)]
+
+
+@pytest.mark.parametrize("num_tokens", [0, 1, 4, 5, 11])
+@pytest.mark.parametrize("adapted", [(), ("gate",), ("down",), ("gate", "up", "down")])
+@pytest.mark.parametrize("needs_x", [True, False])
+def test_gated_mlp(num_tokens, adapted, needs_x, monkeypatch):
+    monkeypatch.setattr(dispatch, "ROWS", 4)
+    torch.manual_seed(0)
+    x = leaf(num_tokens, 5).detach().requires_grad_(needs_x)
+    gate_up, down, lora = mlp(adapted, has_bias=num_tokens != 5)
+    leaves = [x, *lora] if needs_x else lora
+    inner, expected = gated_mlp_reference.gated_mlp(x, gate_up, down, 0.7)
+    recorded, y = gated_mlp.gated_mlp(x, gate_up, down, 0.7)
+    assert_equal((recorded, y), (inner, expected))
+    none, y_only = gated_mlp.gated_mlp(x.detach(), gate_up, down, 0.7, keep=False)
+    assert_equal((y_only,), (expected,))
+    assert none.isnan().all()
+    if not leaves:
+        return
+    weights = [torch.randn_like(expected)]
+    grads = gradients((expected,), leaves, weights)
+    assert not recorded.requires_grad
+    assert_equal(gradients((y,), leaves, weights), grads)
+    seen = []
+
+    def pause(value):
+        seen.append(value.shape[0])
+        return value
+
+    same, replayed = gated_mlp.gated_mlp(x, gate_up, down, 0.7, recorded, pause=pause)
+    assert same.data_ptr() == recorded.data_ptr()
+    assert replayed.isnan().all()
+    assert not seen
+    assert_equal(torch.autograd.grad(replayed, leaves, weights), grads)
+    assert max(seen, default=0) <= 4
+
+
+def test_of_the_mlp_only_what_is_asked_for_is_differentiated():
+    """An adapter of `down` alone, below which nothing has a gradient."""
+    gate_up, down, lora = mlp()
+    for part in gate_up.parts:
+        part.a.requires_grad_(False)
+        part.b.requires_grad_(False)
+    x = torch.randn(3, 5).double()
+    inner, expected = gated_mlp_reference.gated_mlp(x, gate_up, down, 0.7)
+    seen = []
+    _, y = gated_mlp.gated_mlp(
+        x, gate_up, down, 0.7, inner.detach(), pause=lambda v: seen.append(v) or v
+    )
+    weights = [torch.randn_like(expected)]
+    found = torch.autograd.grad(y, lora[-2:], weights)
+    assert_equal(found, gradients((expected,), lora[-2:], weights))
+    assert not seen
 
 
 @st.composite

@@ -19,7 +19,7 @@ from alchemist.kernels.path_attention.packing import pack
 
 # Left to the GPU: products of matrices are cuBLAS's; and the interpreter rounds to e4m3 wrongly, for it loses the carry
 # out of the mantissa.
-NAMES = [name for name in CASES if name not in ("linears", "eight_bits")]
+NAMES = [name for name in CASES if name not in ("linears", "mlps", "eight_bits")]
 PROGRAM = Path(__file__).parents[1] / "kernel_accuracy.py"
 
 
