@@ -89,7 +89,10 @@ def main() -> None:
         "--level-requests", type=int, default=16, help="the same at each load level (default: 16)"
     )
     parser.add_argument(
-        "--level-rounds", type=int, default=0, help="the same at each level (default: 12; quick: 2)"
+        "--level-rounds",
+        type=int,
+        default=0,
+        help="at each level, all starts together (default: 20; quick: 2)",
     )
     parser.add_argument("--share", type=float, default=0.2, help="of policy share (default: 0.2)")
     parser.add_argument(
@@ -132,7 +135,7 @@ class Bench:
         self._groups, self._levels, self._has_base = wanted(options)
         self._rounds = options.rounds or (2 if options.quick else 12)
         self._starts = options.starts or (1 if options.quick else 5)
-        self._level_rounds = options.level_rounds or (2 if options.quick else 12)
+        self._level_rounds = options.level_rounds or (2 if options.quick else 20)
         self._slo = Slo(options.slo_ttft_ms, options.slo_tpot_ms)
         self._seeds = itertools.count()
         """One for each turn's prompts and arrivals."""
@@ -156,11 +159,10 @@ class Bench:
     def _measure_starts(self, up: list[Target], group: list[str]) -> None:
         """Plain SGLang and a group, started together several times; the last of them stay `up`."""
         found = Measured(["plain", *group], is_first=True, starts=self._starts)
-        for start in range(self._starts):
+        for _ in range(self._starts):
             Target.end(up)
             self._begin(up, group)
-            is_last = start == self._starts - 1
-            self._measure_group(up, found, self._levels if is_last else [])
+            self._measure_group(up, found)
         report_group(self._run, found, self._slo, burst=BURST)
 
     def _measure_beside(self, up: list[Target], group: list[str]) -> None:
@@ -172,7 +174,7 @@ class Bench:
         self._wait(up)
         is_first = group is self._groups[0]
         found = Measured([target.name for target in up], is_first=is_first, starts=1)
-        self._measure_group(up, found, self._levels)
+        self._measure_group(up, found)
         report_group(self._run, found, self._slo, burst=BURST)
 
     def _begin(self, up: list[Target], group: list[str]) -> None:
@@ -236,9 +238,7 @@ class Bench:
         tpot = quantile([[timing.tpot for timing in turn] for turn in turns], 0.99)
         return Slo(SLO_ROOM * ttft, SLO_ROOM * tpot)
 
-    def _measure_group(
-        self, targets: list[Target], found: Measured, at_levels: Sequence[int]
-    ) -> None:
+    def _measure_group(self, targets: list[Target], found: Measured) -> None:
         for target in targets[1:]:
             if target.greedy() != self._expected:
                 sys.exit(
@@ -270,8 +270,8 @@ class Bench:
                 found.throughput[target.name].append(BURST * options.output_len / seconds)
         levels = [
             (r, at, target)
-            for r in range(self._level_rounds)
-            for at in at_levels
+            for r in range(-(-self._level_rounds // found.starts))
+            for at in self._levels
             for _, target in _rotated(targets, 1, first=r)
         ]
         for r, at, target in progress(levels, "measuring at load levels"):

@@ -46,7 +46,7 @@ class Measured:
 
     def __init__(self, names: list[str], is_first: bool, starts: int) -> None:
         """Args:
-        starts: how often the servers are started; every start adds as many turns without a level as every other.
+        starts: how often the servers are started; every start adds as many turns at a level as every other.
         """
         self.names = names
         self.starts = starts
@@ -117,9 +117,7 @@ def _latencies(run: Run, found: Measured, at: int | None, suffix: str) -> None:
             name: [[getattr(timing, what) for timing in turn] for turn in turns]
             for name, turns in found.turns[at].items()
         }
-        n = len(rounds["plain"])
-        # Load levels are for the last start alone.
-        starts = found.starts if at is None else 1
+        n, starts = len(rounds["plain"]), found.starts
         for label, q in (("p50", 0.5), ("p99", 0.99)):
             base = [quantile(turns, q) for turns in resampled(rounds["plain"], starts)]
             if found.is_first:
@@ -148,7 +146,7 @@ def _shares(run: Run, found: Measured, at: int | None, suffix: str) -> None:
 def _met(run: Run, found: Measured, at: int, slo: Slo) -> None:
     """The part of each server's requests that met both targets; of plain SGLang and the others to compare with."""
     for name, turns in found.turns[at].items():
-        parts = [_mean(slo.is_met, drawn) for drawn in resampled(turns)]
+        parts = [_mean(slo.is_met, drawn) for drawn in resampled(turns, found.starts)]
         label = f"slo_met_at{at}" if name == "slo" else f"slo_met_{name}_at{at}"
         n = sum(len(turn) for turn in turns)
         row = Row(label, parts[0], "x", quartiles(parts), n, "requests within both targets")

@@ -12,11 +12,21 @@ from test_recording_changes_nothing import answers
 LONG = "What sound does a dog make? " * 55
 
 
+def small(folder, record):
+    args = [*SGD, "--max-total-tokens", "2400", "--activation-host-gb", "640MiB"]
+    return running(folder / "data", *args, "--record", record)
+
+
 @pytest.fixture(scope="module")
 def crowded(tmp_path_factory):
-    args = [*SGD, "--record", "decode"]
-    args += ["--max-total-tokens", "2400", "--activation-host-gb", "640MiB"]
-    with running(tmp_path_factory.mktemp("crowded") / "data", *args) as server:
+    with small(tmp_path_factory.mktemp("crowded"), "decode") as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def of_prompts(tmp_path_factory):
+    """The same with the default: answers are not recorded."""
+    with small(tmp_path_factory.mktemp("prompts"), "prefill") as server:
         yield server
 
 
@@ -46,7 +56,9 @@ def test_tokens_are_those_of_a_server_that_records_nothing(crowded, silent):
     assert answers(silent) == found
 
 
-def test_a_late_vote_finds_its_rows_on_the_host(crowded):
+@pytest.mark.parametrize("recorded", ["prompt and answer", "prompt"])
+def test_a_late_vote_finds_its_rows_on_the_host(recorded, request):
+    crowded = request.getfixturevalue("of_prompts" if recorded == "prompt" else "crowded")
     # A row takes nine slots: of a cache this small, rows for some 200 tokens.
     answer = crowded.chat("Once more: " + LONG[:400], max_tokens=12)
     assert hedged(crowded)["hedge_bytes_per_s"] > 1e6
@@ -58,12 +70,13 @@ def test_a_late_vote_finds_its_rows_on_the_host(crowded):
     crowded.vote(answer["id"], "up")
     crowded.flush()
     after = crowded.training()
-    # Prompt and answer but for the last token. Serving may have taken a slot back before its row had a copy.
-    tokens = answer["usage"]["total_tokens"] - 1
+    # Of an answer all but the last token. Serving may have taken a slot back before its row had a copy.
+    total = answer["usage"]["total_tokens"] - 1
+    tokens = answer["usage"]["prompt_tokens"] if recorded == "prompt" else total
     held = after["activations"]["tokens_voted_held"] - gone["tokens_voted_held"]
     assert 0.8 * tokens <= held <= tokens
     assert after["tokens_reused"] - before["tokens_reused"] == held
-    assert after["tokens_recomputed"] - before["tokens_recomputed"] == tokens - held
+    assert after["tokens_recomputed"] - before["tokens_recomputed"] == total - held
 
 
 def test_log_probabilities_of_a_recorded_answer_are_those_that_were_served(crowded):
