@@ -44,9 +44,14 @@ def wide_mm(a: Tensor, b: Tensor) -> Tensor:
     return matmul(a, b)
 
 
+def goes_in_pieces(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether many tokens are worked on some at a time: not on a GPU, nor where every sum is rounded to 16 bits."""
+    return device.type != "cuda" and dtype not in HALF
+
+
 def goes_by_blocks(a: Tensor, b: Tensor) -> bool:
     """Whether `matmul` is not just a @ b."""
-    return a.shape[0] > 1 and b.numel() >= LARGE and not (a.is_cuda or a.dtype in HALF)
+    return a.shape[0] > 1 and b.numel() >= LARGE and goes_in_pieces(a.device, a.dtype)
 
 
 def matmul(a: Tensor, b: Tensor) -> Tensor:

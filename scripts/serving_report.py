@@ -77,7 +77,7 @@ def quantile(turns: Sequence[Sequence[float]], q: float) -> float:
     return values[min(len(values) - 1, int(q * len(values)))]
 
 
-def resampled(turns: Sequence[T], starts: int = 1) -> list[Sequence[T]]:
+def resampled(turns: Sequence[T], starts: int) -> list[Sequence[T]]:
     """The turns as measured, then drawn with replacement 200 times, all of a start together if there were several: the
     same for every server.
     """

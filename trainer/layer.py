@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from alchemist.kernels.gated_mlp import Projection, gated_mlp
+from alchemist.kernels.gated_mlp import Pause, Projection, gated_mlp, no_pause
 from alchemist.kernels.replay_linear import LoraPart, replay_linear, unread
 from alchemist.kernels.rms_norm import add_rms_norm, rms_norm
 from alchemist.kernels.rope import norm_rope, rope
@@ -27,13 +27,6 @@ from .weights import LayerWeights
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(q [Q, n_q, d], keys [T, n_kv, d], values [T, n_kv, d]) → [Q, n_q, d]"""
-
-Pause = Callable[[Tensor], Tensor]
-"""Passes on what an operation has made; may block, also when its gradient has come."""
-
-
-def no_pause(value: Tensor) -> Tensor:
-    return value
 
 
 def pauses(gate: Callable[[], None]) -> Pause:

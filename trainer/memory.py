@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from alchemist.kernels.dispatch import HALF, ROWS
+from alchemist.kernels.gated_mlp import num_pieces
 from alchemist.kernels.linear_logprob import CHUNK_BYTES
 from alchemist.kernels.path_attention import TILE
 
@@ -49,12 +49,16 @@ def step_bytes(
 
     def piece(tokens: int) -> int:
         """Tokens that the MLP takes at a time."""
-        return tokens if dtype in HALF else min(tokens, ROWS)
+        return -(-tokens // num_pieces(tokens, torch.device("cpu"), dtype))
+
+    def joined(tokens: int) -> int:
+        """What the MLP's pieces hold while they become one: no more where all is one piece."""
+        return tokens * 2 * h if piece(tokens) < tokens else 0
 
     def forward_peak(tokens: int, rows: int, kept: int, *, has_backward: bool = True) -> int:
         gate_up = 2 * inner if has_backward else 0
-        mlp = tokens * (6 * h + 2 * q + 3 * kv + normed_qk + gate_up)
-        mlp += piece(tokens) * (3 * inner - gate_up + h)
+        mlp = tokens * (5 * h + 2 * q + 3 * kv + normed_qk + gate_up)
+        mlp += piece(tokens) * (3 * inner - gate_up) + joined(tokens)
         keys = 2 * (rows + tokens) * kv if rows else 0
         attention = tokens * (2 * h + 4 * q + 3 * kv + normed_qk)
         after = tokens * (values - 2 * inner + gate_up + h) + kept
@@ -64,8 +68,8 @@ def step_bytes(
     if reference:
         peaks.append(forward_peak(differentiated + scored, 0, 0, has_backward=False))
     row = values if not recorded else values - (0 if shape.has_qk_norm else kv)
-    swiglu = piece(differentiated) * (3 * inner + h) + 4 * min(differentiated, 128) * inner
-    swiglu += differentiated * (5 * h + q)
+    swiglu = piece(differentiated) * 3 * inner + 4 * min(differentiated, 128) * inner
+    swiglu += differentiated * (3 * h + q) + joined(differentiated)
     attention = differentiated * (4 * h + 4 * q + 4 * kv) + 4 * path + 5 * score_tile
     fetch = kept + differentiated * h if recorded else 0
     peaks.append(below + differentiated * row + max(swiglu, attention, fetch))

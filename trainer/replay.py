@@ -21,6 +21,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from alchemist.kernels.gated_mlp import no_pause
 from alchemist.kernels.linear_logprob import (
     LinearLogprob,
     linear_logprob,
@@ -30,7 +31,7 @@ from alchemist.kernels.path_attention import PathBlock, paged, path_attention
 from alchemist.kernels.rms_norm import add_rms_norm, rms_norm
 
 from .batch import TokenBatch
-from .layer import LayerLora, LayerValues, decoder_layer, mlp_input, mlp_output, no_pause, pauses
+from .layer import LayerLora, LayerValues, decoder_layer, mlp_input, mlp_output, pauses
 from .lora import LoraAdapter
 from .rows import ActivationView
 from .weights import BaseWeights

@@ -18,6 +18,9 @@ from torch import Tensor
 from alchemist.kernels import fp8_rows
 from alchemist.protocol.layout import RowLayout
 
+_PIECE = 1 << 18
+"""Elements gathered at a time where a field has to be put together."""
+
 
 class RowsRevoked(RuntimeError):
     """Rows were reused while they were read: what was read is worthless. `rows` names them."""
@@ -25,10 +28,6 @@ class RowsRevoked(RuntimeError):
     def __init__(self, rows: list[int]) -> None:
         super().__init__(f"{len(rows)} recorded rows were revoked, first: {rows[:4]}")
         self.rows = rows
-
-
-_PIECE = 1 << 18
-"""Elements gathered at a time where a field has to be put together."""
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,11 @@ from alchemist.kernels.swiglu import gradient as swiglu_gradient
 from alchemist.kernels.swiglu import swiglu
 
 Pause = Callable[[Tensor], Tensor]
+"""Passes on what an operation has made; may block, also when its gradient has come."""
+
+
+def no_pause(value: Tensor) -> Tensor:
+    return value
 
 
 class Projection(NamedTuple):
@@ -44,7 +49,7 @@ def gated_mlp(
     recorded: Tensor | None = None,
     *,
     keep: bool = True,
-    pause: Pause = lambda value: value,
+    pause: Pause = no_pause,
 ) -> tuple[Tensor, Tensor]:
     """[gate | up] [T, 2I], which gets no gradient, and the output [T, H].
 
@@ -76,10 +81,11 @@ class _Meta(NamedTuple):
         return y
 
 
-def _num_pieces(x: Tensor) -> int:
-    if x.is_cuda or x.dtype in dispatch.HALF:
+def num_pieces(num_tokens: int, device: torch.device, dtype: torch.dtype) -> int:
+    """In how many pieces, as even as can be, the tokens are taken."""
+    if not dispatch.goes_in_pieces(device, dtype):
         return 1
-    return max(1, -(-x.shape[0] // dispatch.ROWS))
+    return max(1, -(-num_tokens // dispatch.ROWS))
 
 
 class _GatedMlp(torch.autograd.Function):
@@ -94,7 +100,7 @@ class _GatedMlp(torch.autograd.Function):
             recorded = recorded.detach()
             ctx.mark_non_differentiable(recorded)
             return recorded, unread(x.shape, x)
-        count = _num_pieces(x)
+        count = num_pieces(x.shape[0], x.device, x.dtype)
         if meta.keep:
             whole = meta.inner(x)
             ctx.save_for_backward(x, whole, *lora)
@@ -111,10 +117,12 @@ class _GatedMlp(torch.autograd.Function):
         meta: _Meta = ctx.meta
         needs_x, needs_lora = ctx.needs_input_grad[0], ctx.needs_input_grad[3:]
         cut = 2 * len(meta.gate_up.parts)
-        ups = [p._replace(a=a, b=b) for p, a, b in _pairs(meta.gate_up.parts, lora[:cut])]
-        downs = [p._replace(a=a, b=b) for p, a, b in _pairs(meta.down.parts, lora[cut:])]
+        ups, downs = (
+            [p._replace(a=a, b=b) for p, a, b in zip(parts, own[::2], own[1::2], strict=True)]
+            for parts, own in ((meta.gate_up.parts, lora[:cut]), (meta.down.parts, lora[cut:]))
+        )
         needs_inner = needs_x or any(needs_lora[:cut])
-        count = _num_pieces(x)
+        count = num_pieces(x.shape[0], x.device, x.dtype)
         dx: list[Tensor] = []
         total: list[Tensor | None] = [None] * len(lora)
         for x_piece, known, dy_piece in zip(
@@ -152,12 +160,6 @@ class _GatedMlp(torch.autograd.Function):
 
 def _whole(pieces: list[Tensor]) -> Tensor:
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
-
-
-def _pairs(
-    parts: Sequence[LoraPart], lora: Sequence[Tensor]
-) -> list[tuple[LoraPart, Tensor, Tensor]]:
-    return list(zip(parts, lora[::2], lora[1::2], strict=True))
 
 
 def _add(total: list[Tensor | None], found: Sequence[Tensor | None], start: int) -> None:

@@ -83,13 +83,13 @@ class _AddRmsNorm(torch.autograd.Function):
             summed, normed, rstd = triton.forward(x, addend, weight, eps, recorded)
             ctx.save_for_backward(summed, rstd, weight)
             return summed.detach(), normed
-        adds = recorded is None and addend is not None
-        summed = torch.empty_like(x) if adds else (x if recorded is None else recorded).detach()
+        known = recorded if recorded is not None or addend is not None else x
+        summed = torch.empty_like(x) if known is None else known.detach()
         normed = torch.empty_like(summed, memory_format=torch.contiguous_format)
         wide = torch.float64 if x.dtype == torch.float64 else torch.float32
         rstd = normed.new_empty(*normed.shape[:-1], 1, dtype=wide)
         for rows in row_slices(summed):
-            if adds and addend is not None:
+            if known is None:
                 torch.add(x[rows], addend[rows], out=summed[rows])
             part = summed[rows]
             rstd[rows] = _reciprocal_std(part, eps)
