@@ -6,7 +6,13 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from alchemist.server.appraisal import Completion, FeedbackDelays, worth
+from alchemist.server.appraisal import (
+    TRAINING_CHANCE,
+    VOTE_CHANCE,
+    Completion,
+    Delays,
+    worth,
+)
 from alchemist.server.ids import Ids
 
 
@@ -21,7 +27,7 @@ class Answers:
     def __init__(self, gen: Ids) -> None:
         self._gen = gen
         self.wants = np.zeros_like(gen)
-        self.delays = FeedbackDelays()
+        self._votes, self._trainings = Delays(VOTE_CHANCE), Delays(TRAINING_CHANCE)
         self._completions: dict[str, Completion] = {}
         self._fresh = frozenset({""})
         self._known = {""}
@@ -42,12 +48,15 @@ class Answers:
         """
         return served_by in self._fresh or served_by not in self._known
 
-    def keep_fresh(self, adapters: Iterable[str]) -> None:
+    def keep_fresh(self, adapters: Iterable[str], now: float) -> None:
         """Of the adapters known so far the trainer would take rows of these ones' answers only; "": the base model."""
         self._fresh = frozenset(adapters)
         self._known |= self._fresh
         for completion in self._completions.values():
-            completion.is_stale = not self.is_fresh(completion.served_by)
+            is_stale = not self.is_fresh(completion.served_by)
+            if is_stale and completion.is_waiting and completion.voted is not None:
+                self._trainings.left(now - completion.voted)
+            completion.is_stale = is_stale
 
     def add(self, rid: str, records: Ids, now: float, served_by: str) -> Ids:
         """A request has ended with `records`, −1 where a token has none. Records that nobody wants any more, because
@@ -67,13 +76,15 @@ class Answers:
         completion = self._completions.get(rid)
         if completion is not None and completion.voted is None:
             completion.voted = now
-            self.delays.came(now - completion.finished)
+            self._votes.came(now - completion.finished)
             self.num_voted_tokens += completion.records.size
             self.num_voted_held += completion.alive(self._gen).size
 
-    def consumed(self, rid: str) -> None:
+    def consumed(self, rid: str, now: float) -> None:
         completion = self._completions.get(rid)
         if completion is not None:
+            if completion.is_waiting and completion.voted is not None:
+                self._trainings.came(now - completion.voted)
             completion.is_consumed = True
 
     def drop(self, rid: str, now: float) -> Ids:
@@ -82,16 +93,24 @@ class Answers:
         if completion is None:
             return np.arange(0)
         if completion.voted is None:
-            self.delays.left(now - completion.finished)
+            self._votes.left(now - completion.finished)
+        elif completion.is_waiting:
+            self._trainings.left(now - completion.voted)
         self._num_tokens -= completion.records.size
         records = completion.alive(self._gen)
         self.wants[records] -= 1
         unwanted: Ids = records[self.wants[records] == 0]
         return unwanted
 
+    @property
+    def prior(self) -> float:
+        """The chance that rows of an answer that is still being written will be read."""
+        return self._votes.prior * self._trainings.prior
+
     def chances(self, now: float) -> np.ndarray:
-        """By record, the chance that some completion which has it will be voted on."""
-        return worth(self._completions.values(), self._gen, self.delays, now, self._gen.size)
+        """By record, the chance that it will be read for some completion that has it."""
+        every = self._completions.values()
+        return worth(every, self._gen, self._votes, self._trainings, now, self._gen.size)
 
     def count_wants(self) -> Ids:
         """`wants`, from scratch."""

@@ -76,7 +76,6 @@ class Engine:
         self._tickets: dict[tuple[bytes, int], list[tuple[Ids, Ids]]] = {}
         self._opted_out: set[str] = set()
         """Requests in flight that asked not to be recorded."""
-        self._was_prefill = False
         self._rows_per_portion = 1
         self._appraised = self._hedged = 0.0
 
@@ -247,7 +246,6 @@ class Engine:
             ]
             which = None if all(wanted) else torch.nonzero(torch.tensor(wanted)).flatten()
         else:
-            self._was_prefill = True
             which = self._wanted(batch)
         if which is not None and not which.numel():
             return False
@@ -389,9 +387,7 @@ class Engine:
             # A batch of the native API is one of them.
             every = (one for r in requests for one in getattr(r, "batch", (r,)))
             self._opted_out.update(one.rid for one in every if _is_opted_out(one))
-        if self._was_prefill:
-            self._was_prefill = False
-            self._flush()
+        self._relieve()
         if self._scheduler is None:
             self._open_desk(scheduler)
         self._settle()
@@ -417,15 +413,22 @@ class Engine:
         if self.recorder is not None:
             self.recorder.flush()
 
+    def _flush_some(self) -> bool:
+        return self.recorder is not None and self.recorder.flush_some()
+
+    @harmless(None)
+    def _relieve(self) -> None:
+        if self.recorder is not None:
+            self.recorder.relieve()
+
     @harmless(None)
     def _keep_house(self, scheduler: Any) -> None:
         """What the pool has to do when nobody waits: appraise, and copy to the host, a portion at a time."""
         if self.pool is None or self.pool.stopped is not None:
             return
         self._appraise(APPRAISE_S)
-        self._flush()
         sleeper = scheduler.idle_sleeper
-        while self.pool.hedge(self._rows_per_portion):
+        while self._flush_some() or self.pool.hedge(self._rows_per_portion):
             # A scheduler that does not sleep comes back by itself.
             if sleeper is None or not self.lease.is_granted or sleeper.poller.poll(0):
                 return
@@ -502,11 +505,11 @@ class Engine:
         if isinstance(message, messages.Voted):
             self.pool.voted(message.rid, time.monotonic())
         elif isinstance(message, messages.Fresh):
-            self.pool.keep_fresh(message.lora_ids)
+            self.pool.keep_fresh(message.lora_ids, time.monotonic())
         else:
             self._check_in((peer, message.ticket))
             for rid in message.consumed:
-                self.pool.consumed(rid)
+                self.pool.consumed(rid, time.monotonic())
         return None
 
     def _check_out(self, peer: bytes, message: messages.CheckOut) -> messages.CheckedOut | None:

@@ -138,6 +138,13 @@ class GpuRecorder:
     def flush(self) -> None:
         """Nothing is kept."""
 
+    def relieve(self) -> None:
+        """Nothing is kept."""
+
+    def flush_some(self) -> bool:
+        """Nothing is kept."""
+        return False
+
     def _install(self) -> None:
         for tap in self._taps:
             tap.install()

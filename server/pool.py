@@ -157,6 +157,8 @@ class ActivationPool:
         self._gen, self._refs = np.zeros((2, num_records), np.int64)
         self._slot, self._device, self._host = np.full((3, num_records), -1)
         self._value, self._cost = np.zeros((2, num_records))
+        self._lacks_kv = np.zeros(num_records, bool)
+        """Whether a row on the host still waits for its keys and values, which are in the KV cache."""
         self._is_ready = np.ones(num_records, bool)
         """Whether what a row holds is in its place; on a GPU, rows on the host come there late."""
         # By what finds a record.
@@ -175,7 +177,7 @@ class ActivationPool:
         """See `record_later`: what it returned, slots and positions."""
         self._to_hedge: deque[tuple[Ids, Ids]] = deque()
         self.answers = Answers(self._gen)
-        self._prior = self.answers.delays.prior
+        self._prior = self.answers.prior
         self._half_flops = layout.half_flops_position
         self._tick = 0
         self.num_lost = 0
@@ -335,7 +337,9 @@ class ActivationPool:
         rows[count:] += self.num_device_rows
         self._change(mine, RowEvent.RECORD)
         self._change(theirs, RowEvent.RECORD_HOST)
-        if isinstance(self.device, GpuTier) and theirs.size:
+        if not isinstance(self.device, GpuTier):
+            self._lacks_kv[mine], self._lacks_kv[theirs] = False, True
+        elif theirs.size:
             self._is_ready[theirs], self.device.staging.is_free = False, False
             self._staged_slots = slots[count:total]
         bind = partial(self._bind, records, self._gen[records], count)
@@ -376,7 +380,14 @@ class ActivationPool:
             staged = partial(self._staged, records, self._gen[records])
             self.device.send_staged(self.host, self._staged_slots, hosted, staged)
         else:
-            self.device.copy_kv_to(self.host, self._slot[records], hosted)
+            self._copy_kv(records)
+
+    def _copy_kv(self, records: Ids) -> None:
+        """Copy keys and values that rows on the host wait for, if they do."""
+        records = records[self._lacks_kv[records]]
+        if records.size:
+            self.device.copy_kv_to(self.host, self._slot[records], self._host[records])
+            self._lacks_kv[records] = False
 
     def _staged(self, records: Ids, gens: Ids) -> None:
         """Rows that were recorded on the host are there now; some may have ended since."""
@@ -414,9 +425,11 @@ class ActivationPool:
         records = records[records >= 0]
         if not records.size:
             return
+        wanted = self.answers.wants[records] > 0
+        # Their other values may come later, these are overwritten.
+        self._copy_kv(records[wanted])
         self.record_of_slot[self._slot[records]] = -1
         self._slot[records] = -1
-        wanted = self.answers.wants[records] > 0
         self._change(records[~wanted], RowEvent.SLOT_FREED)
         self._change(records[wanted], RowEvent.SLOT_LOST)
 
@@ -620,15 +633,15 @@ class ActivationPool:
         """Whether rows of the adapter's answers would be read."""
         return self.answers.is_fresh(served_by)
 
-    def keep_fresh(self, adapters: Iterable[str]) -> None:
+    def keep_fresh(self, adapters: Iterable[str], now: float) -> None:
         """Another version is live: see `Answers.keep_fresh`. Rows of other answers are worth nothing from the next
         `appraise` on.
         """
-        self.answers.keep_fresh(adapters)
+        self.answers.keep_fresh(adapters, now)
 
-    def consumed(self, rid: str) -> None:
+    def consumed(self, rid: str, now: float) -> None:
         """The completion's vote was trained."""
-        self.answers.consumed(rid)
+        self.answers.consumed(rid, now)
 
     @caught_up
     def forget(self, rid: str, now: float) -> None:
@@ -643,7 +656,7 @@ class ActivationPool:
     @caught_up
     def appraise(self, now: float) -> None:
         """Bring the rows' values up to date; what `lru` needs is kept as rows are used."""
-        self._prior = self.answers.delays.prior
+        self._prior = self.answers.prior
         if self._eviction == "value":
             np.multiply(self._cost, self.answers.chances(now), out=self._value)
             self._line_up()

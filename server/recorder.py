@@ -2,15 +2,18 @@
 
 Per decoder layer five tensors pass by that the backward pass needs (see `protocol.layout`). Where SGLang's fused
 kernels write into their inputs each is copied at once. Its native operations never do: there the tensors are kept, and
-copied by `flush` when the batch's tokens have been sent, so that no first token waits for it; those of decode steps
-together, when the request has ended, and their rows are begun together, too.
+copied a layer at a time when nobody waits (`flush_some`), so that no token waits for it; or when there are too many
+(`relieve`), or somebody asks for rows (`flush`). Those of decode steps are copied together, and their rows are begun
+together, too.
 Modules are as they were in a batch that is not recorded.
 A token that cannot be recorded is simply computed again by the trainer. What goes wrong here is raised by `begin`,
-`end` and `flush`, never in the middle of a forward pass.
+`end` and the three that copy, never in the middle of a forward pass.
 """
 
 from __future__ import annotations
 
+import itertools
+from collections import deque
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -26,8 +29,12 @@ _Write = Callable[[str, torch.Tensor], None]
 _Note = Callable[[Any, Any], None]
 
 
-DEFER_BYTES = 96 << 20
-"""Most that tensors kept for `flush` may take; a batch beyond it is copied at once."""
+KEEP_BYTES = 256 << 20
+"""Most that tensors kept for later may take; a batch beyond it is copied at once. `relieve` halves it, so that there is
+room for the next prefill: by the embedded model's 40 kB a token those are 3000 tokens that came without a pause.
+"""
+DECODE_BYTES = 4 << 20
+"""Of decode steps copied together, about: what takes a millisecond."""
 
 
 class Recorder:
@@ -39,12 +46,12 @@ class Recorder:
         """
         self._pool = pool
         self._taps = taps_of(model, layout, lambda layer: partial(self._write, layer))
-        self._batch = _Batch(Begun(), slice(0), False, [])
+        self._batch = _Batch(Begun(), slice(0))
         """The one that is being computed."""
         self._may_defer = _is_functional(model.model.layers[0])
         # What is kept is as the model has it.
         self._token_bytes = msgspec.structs.replace(layout, activation_dtype="auto").row_bytes
-        self._kept: list[_Batch] = []
+        self._kept: deque[_Batch] = deque()
         self._num_kept_bytes = 0
         self._error: Exception | None = None
         """Of this batch."""
@@ -66,9 +73,9 @@ class Recorder:
         size = self._token_bytes * slots.numel()
         if which is not None:
             slots, positions = slots[which], positions[which]
-        if self._num_kept_bytes + size > DEFER_BYTES:
+        if self._num_kept_bytes + size > KEEP_BYTES:
             self.flush()
-        defer = self._may_defer and self._num_kept_bytes + size <= DEFER_BYTES
+        defer = self._may_defer and size <= KEEP_BYTES
         if defer and is_decode:
             begun = self._pool.record_later(slots, positions)
         else:
@@ -76,7 +83,8 @@ class Recorder:
             if not rows.size:
                 return False
             begun = Begun(rows, self._pool.gens[rows])
-        self._batch = _Batch(begun, slice(None) if which is None else which, defer, [])
+        tokens = slice(None) if which is None else which
+        self._batch = _Batch(begun, tokens, is_decode, size if defer else 0)
         if defer:
             self._kept.append(self._batch)
             self._num_kept_bytes += size
@@ -89,7 +97,7 @@ class Recorder:
         self.release()
         if self._error is not None:
             raise self._error
-        if not self._batch.is_deferred:
+        if not self._batch.num_bytes:
             self._pool.complete(self._batch.begun.rows)
 
     def release(self) -> None:
@@ -100,7 +108,7 @@ class Recorder:
     def _write(self, layer: int, field: str, value: torch.Tensor) -> None:
         """Store [tokens, width] activations of this batch."""
         batch = self._batch
-        if batch.is_deferred:
+        if batch.num_bytes:
             batch.values.append(((layer, field), value))
         elif self._error is None:
             try:
@@ -109,53 +117,99 @@ class Recorder:
                 # Whatever it is: the model is computing somebody's answer. `end` raises it.
                 self._error = error
 
+    def relieve(self) -> None:
+        """Copy what is too much to be kept until nobody waits. To be called when a batch's tokens have been sent."""
+        while self._num_kept_bytes > KEEP_BYTES // 2:
+            self.flush_some()
+
     def flush(self) -> None:
-        """Copy what was kept. To be called before rows are read or copied to the host, and after each prefill: memory
-        that is kept for longer is not there for the next one, which then waits for fresh pages.
+        """Copy all that was kept. To be called before rows are read or copied to the host."""
+        while self.flush_some():
+            pass
+
+    def flush_some(self) -> bool:
+        """Copy a layer of the oldest batch, or decode steps in a row, which are small; whether anything was kept.
 
         Rows may have ended since, and their slots may be serving's again: those are not touched.
         """
+        if not self._kept:
+            return False
         self._pool.begin_waiting()
+        oldest = self._kept[0]
+        if oldest.is_decode:
+            batches = list(itertools.takewhile(lambda batch: batch.is_decode, self._kept))
+            batches = batches[: max(1, DECODE_BYTES // oldest.num_bytes)]
+            values = [batch.values for batch in batches]
+        else:
+            batches, values = [oldest], [oldest.next_layer()]
+        still = [self._pool.still(batch.begun.rows, batch.begun.gens) for batch in batches]
+        alive = [which.any() for which in still]
+        rows = [batch.begun.rows[which] for batch, which in zip(batches, still, strict=True)]
+        if any(alive):
+            self._copy(batches, values, still)
+        if oldest.is_decode or not oldest.values or not alive[0]:
+            if any(alive):
+                self._pool.complete(np.concatenate(rows))
+            for batch in batches:
+                self._kept.popleft()
+                self._num_kept_bytes -= batch.num_bytes
+        return True
+
+    def _copy(
+        self, batches: list[_Batch], values: list[list[_Value]], still: list[np.ndarray]
+    ) -> None:
+        """Write `values` of each batch in the rows that are `still` its own."""
         rows: list[np.ndarray] = []
-        values: dict[tuple[int, str], list[torch.Tensor]] = {}
-        for batch in self._kept:
-            still = self._pool.still(batch.begun.rows, batch.begun.gens)
-            if not still.any():
-                continue
-            rows.append(batch.begun.rows[still])
-            for place, value in batch.values:
+        by_place: dict[tuple[int, str], list[torch.Tensor]] = {}
+        for batch, own, which in zip(batches, values, still, strict=True):
+            rows.append(batch.begun.rows[which])
+            for place, value in own:
                 mine = batch.of_rows(value)
-                values.setdefault(place, []).append(
-                    mine if still.all() else mine[torch.from_numpy(still)]
+                by_place.setdefault(place, []).append(
+                    mine if which.all() else mine[torch.from_numpy(which)]
                 )
-        self._kept.clear()
-        self._num_kept_bytes = 0
-        if not rows:
-            return
         every, order = np.concatenate(rows), None
         if len(rows) > 1:
             # The pool takes rows on the device before rows on the host.
-            by_place = np.argsort(every)
-            every, order = every[by_place], torch.from_numpy(by_place)
-        for (layer, field), parts in values.items():
+            ascending = np.argsort(every)
+            every, order = every[ascending], torch.from_numpy(ascending)
+        for (layer, field), parts in by_place.items():
             whole = parts[0] if len(parts) == 1 else torch.cat(parts)
             self._pool.write(layer, field, every, whole if order is None else whole[order])
-        self._pool.complete(every)
 
 
-class _Batch(NamedTuple):
+_Value = tuple[tuple[int, str], torch.Tensor]
+"""((layer, field), [tokens of the pass, width])."""
+
+
+class _Batch:
     """Tokens that are recorded in one forward pass, and what was kept of them."""
 
-    begun: Begun
-    tokens: torch.Tensor | slice
-    """Which of the pass's tokens are to be recorded."""
-    is_deferred: bool
-    values: list[tuple[tuple[int, str], torch.Tensor]]
-    """((layer, field), [tokens of the pass, width])."""
+    def __init__(
+        self,
+        begun: Begun,
+        tokens: torch.Tensor | slice,
+        is_decode: bool = False,
+        num_bytes: int = 0,
+    ) -> None:
+        """Args:
+        tokens: which of the pass's are to be recorded.
+        num_bytes: that are kept of it; 0: it is copied at once.
+        """
+        self.begun, self._tokens = begun, tokens
+        self.is_decode, self.num_bytes = is_decode, num_bytes
+        self.values: list[_Value] = []
 
     def of_rows(self, value: torch.Tensor) -> torch.Tensor:
         """Of [tokens of the pass, width] those that have a row."""
-        return value[self.tokens][: self.begun.rows.size]
+        return value[self._tokens][: self.begun.rows.size]
+
+    def next_layer(self) -> list[_Value]:
+        """The first layer's values, which are kept no longer."""
+        layer = self.values[0][0][0]
+        count = sum(at == layer for (at, _), _ in self.values)
+        taken, self.values = self.values[:count], self.values[count:]
+        return taken
 
 
 class Tap(NamedTuple):

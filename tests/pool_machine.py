@@ -127,10 +127,7 @@ class PoolMachine(RuleBasedStateMachine):
     def of_an_answer(self, data, event):
         if self.answers:
             rid = data.draw(st.sampled_from(sorted(self.answers)))
-            if event == "consumed":
-                self.pool.consumed(rid)
-            else:
-                getattr(self.pool, event)(rid, self.clock)
+            getattr(self.pool, event)(rid, self.clock)
 
     @rule(data=st.data())
     def check_out(self, data):

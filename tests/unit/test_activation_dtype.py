@@ -10,7 +10,7 @@ from alchemist.protocol.layout import DTYPE_BYTES, RowLayout
 from alchemist.server.config import Config
 from alchemist.server.gpu_recorder import GpuRecorder
 from alchemist.server.options import parse
-from alchemist.server.recorder import DEFER_BYTES, Recorder
+from alchemist.server.recorder import KEEP_BYTES, Recorder
 
 ORDER = ("x", "q", "attn", "mid", "gate_up")
 
@@ -164,7 +164,7 @@ def test_tensors_that_are_kept_are_counted_as_the_model_has_them():
         Recorder(bare_model(), world.layout, world.pool)
         for world in (World(), World(activation_dtype="fp8"))
     )
-    assert narrow._token_bytes == plain._token_bytes < DEFER_BYTES
+    assert narrow._token_bytes == plain._token_bytes < KEEP_BYTES
 
 
 def test_another_dtype_is_refused():

@@ -155,3 +155,62 @@ def test_a_module_is_tapped_while_it_is_recorded_only():
     stored = torch.empty_like(output)
     world.view.fetch(1, "gate_up", torch.tensor([row]), stored)
     assert torch.equal(stored, output)
+
+
+def test_a_token_may_leave_the_cache_before_its_row_on_the_host_is_copied():
+    """Its completion has ended and wants the row: keys and values are copied before others are written there."""
+    world = World(host_rows=20)
+    recorder, slots = recorder_of(world), world.serve(14)
+    forward(recorder, world, slots)
+    on_host = world.pool.record_of_slot[slots.numpy()]
+    world.pool.finish("a", slots, 14, 0.0)
+    keys = slots.tolist()
+    world.allocator.free(slots)
+    assert world.serve(SIZE) is not None
+    recorder.flush()
+    world.pool.check_integrity()
+    found = as_recorded(world.pool.check_out("a", slots[:0], 14))
+    held = (found.rows >= 0).nonzero().flatten().tolist()
+    assert held, "none was on the host"
+    assert len(held) < len(on_host), "none was on the device"
+    seen = world.read(found)
+    assert [value for value, _ in seen] == [1.0 + i for i in held]
+    assert [key for _, key in seen] == [keys[i] for i in held]
+
+
+def test_what_is_kept_is_copied_a_layer_at_a_time():
+    world = World(host_rows=0)
+    recorder, slots = recorder_of(world), world.serve(5)
+    forward(recorder, world, slots[:3])
+    forward(recorder, world, slots[3:], first=4.0)
+    assert [recorder.flush_some() for _ in range(5)] == [True] * 4 + [False]
+    assert [value for value, _ in world.read(found(world, slots))] == [1, 2, 3, 4, 5]
+
+
+def test_rows_may_end_between_two_layers():
+    world = World(host_rows=0)
+    recorder, slots = recorder_of(world), world.serve(3)
+    forward(recorder, world, slots)
+    recorder.flush_some()
+    world.allocator.free(slots[1:2])
+    recorder.flush_some()
+    left = slots[[0, 2]]
+    assert [value for value, _ in world.read(found(world, left))] == [1, 3]
+    assert not recorder.flush_some()
+
+
+def test_no_more_is_kept_than_the_limit(monkeypatch):
+    """Half of it is left for the next batch; one that does not fit is copied at once."""
+    world = World(host_rows=20)
+    recorder, slots = recorder_of(world), world.serve(14)
+    row_bytes = world.layout.row_bytes
+    monkeypatch.setattr("alchemist.server.recorder.KEEP_BYTES", 8 * row_bytes)
+    forward(recorder, world, slots[:3])
+    recorder.relieve()
+    assert recorder.flush_some(), "it had room for them"
+    forward(recorder, world, slots[3:5], first=4.0)
+    recorder.relieve()
+    assert [recorder.flush_some() for _ in range(3)] == [True, True, False], "the older went"
+    forward(recorder, world, slots[5:], first=6.0)
+    assert not recorder.flush_some(), "what is too much was kept"
+    assert [value for value, _ in world.read(found(world, slots))] == list(range(1, 15))
