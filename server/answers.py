@@ -11,6 +11,7 @@ from alchemist.server.appraisal import (
     VOTE_CHANCE,
     Completion,
     Delays,
+    together,
     worth,
 )
 from alchemist.server.ids import Ids
@@ -103,12 +104,12 @@ class Answers:
         return unwanted
 
     @property
-    def prior(self) -> float:
-        """The chance that rows of an answer that is still being written will be read."""
-        return self._votes.prior * self._trainings.prior
+    def first_rate(self) -> float:
+        """What a row of an answer that is still being written is worth."""
+        return float(together(self._votes.rate, self._trainings.rate))
 
-    def chances(self, now: float) -> np.ndarray:
-        """By record, the chance that it will be read for some completion that has it."""
+    def rates(self, now: float) -> np.ndarray:
+        """By record, what it is worth by all completions that have it."""
         every = self._completions.values()
         return worth(every, self._gen, self._votes, self._trainings, now, self._gen.size)
 

@@ -1,29 +1,35 @@
-"""What a recorded row is worth: FLOPs it saves per byte × the chance that it will be read.
+"""What a recorded row is worth: FLOPs it saves per byte and second that it has to be kept for.
 
 All rows of a model have the same bytes, and a token's FLOPs grow with its position (attention), which the pool keeps.
-A row is read if a vote on its completion comes, and is trained before the version that served it is too old. Both
-chances are estimated from the delays seen so far, of votes after answers and of training after votes. Time is cut into
-bins of doubling length; in each the hazard is what came over what was still waited for: an estimate that treats answers
-nobody has voted on yet, and votes that still wait, as what they are, censored (Kaplan and Meier, 1958). Where training
-keeps up, a vote is as good as read; where it is behind, and takes the latest first, an old vote is worth little.
+A row is read if a vote on its completion comes, and is trained before the version that served it is too old. How long
+both take is estimated from what was seen so far. Time is cut into bins of doubling length; in each the hazard is what
+came over what was still waited for: an estimate that treats answers nobody has voted on yet, and votes that still wait,
+as what they are, censored (Kaplan and Meier, 1958).
+
+What is most often there when it is read is what is kept by its rate: the chance that it is read within some time, over
+the time it takes until then, for the best such time (Gittins' index, 1979). A chance alone would keep old answers,
+whose votes are as sure to come and longer in coming, and old votes where training is behind and takes the latest first.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 NUM_BINS = 24
 """Up to 1 s, 2 s, 4 s, … and the last one for ever (97 days on)."""
+_EDGES = np.append(0.0, 2.0 ** np.arange(NUM_BINS))
+"""Of the bins, in seconds."""
 VOTE_CHANCE, TRAINING_CHANCE, PRIOR_WEIGHT = 0.1, 0.9, 5.0
 """Before anything was seen: one answer in ten is voted on, nine votes in ten are trained in time, half of those within
 a second, half of the rest within two more, and so on, as if five had taught so. Older ones have less to hope for, so
 rows go in the order of their age.
 """
-CONSUMED = 1e-3
-"""Chance of one more vote on an answer whose vote was trained (from another user)."""
+CONSUMED = 1e-9
+"""Rate of an answer whose vote was trained: another user may vote on it."""
 
 
 @dataclass(slots=True)
@@ -80,24 +86,28 @@ class Delays:
         """It has not come, and is no longer waited for."""
         self._at_risk[: int(bin_of(np.array([age]))[0]) + 1] += 1
 
-    def chances(self, ages: np.ndarray) -> np.ndarray:
-        """Chance that it still comes where it has been waited for for `ages` seconds.
+    def rates(self, ages: np.ndarray) -> np.ndarray:
+        """How soon it may come where it has been waited for for `ages` seconds, in 1/s: see above.
 
         These count themselves as at risk so far: without them only those for which it came would.
         """
-        bins = bin_of(ages)
-        open_ = np.bincount(bins, minlength=NUM_BINS)[::-1].cumsum()[::-1]
+        open_ = np.bincount(bin_of(ages), minlength=NUM_BINS)[::-1].cumsum()[::-1]
         hazard = (self._came + self._prior) / (self._at_risk + open_ + PRIOR_WEIGHT)
-        survival = np.append((1 - np.minimum(hazard, 1.0))[::-1].cumprod()[::-1], 1.0)
-        # Of the bin that one is in, half is behind it.
-        within = np.sqrt(survival[bins] * survival[bins + 1])
-        chances: np.ndarray = 1 - within
-        return chances
+        left = np.append(1.0, (1 - np.minimum(hazard, 1.0)).cumprod())
+        waited = np.append(0.0, (np.diff(_EDGES) * (left[1:] + left[:-1]) / 2).cumsum())
+        # From every edge to every later one.
+        came = left[:, None] - left
+        seconds = waited - waited[:, None]
+        index = np.divide(came, seconds, out=np.zeros_like(came), where=seconds > 0).max(1)
+        # Nothing is known of what lies beyond the last bin.
+        index[-1] = index[-2]
+        found: np.ndarray = np.interp(ages, _EDGES, index)
+        return found
 
     @property
-    def prior(self) -> float:
-        """The chance at the beginning."""
-        return float(self.chances(np.zeros(1))[0])
+    def rate(self) -> float:
+        """At the beginning."""
+        return float(self.rates(np.zeros(1))[0])
 
 
 def bin_of(delays: np.ndarray) -> np.ndarray:
@@ -115,8 +125,8 @@ def worth(
     now: float,
     num_records: int,
 ) -> np.ndarray:
-    """Chance, by record, that it will be read for some completion that has it: float64 [num_records]. Records of no
-    completion, whose answers are still being written, get the prior.
+    """By record, the rate at which it is read for the completions that have it, in 1/s: float64 [num_records]. Records
+    of no completion, whose answers are still being written, have that of an answer at its beginning.
 
     Args:
         votes: after answers.
@@ -125,19 +135,23 @@ def worth(
     known = list(completions)
     open_ = np.array([now - c.finished for c in known if c.voted is None])
     waiting = np.array([now - c.voted for c in known if c.is_waiting and c.voted is not None])
-    for_votes, for_trainings = iter(votes.chances(open_)), iter(trainings.chances(waiting))
-    prior = trainings.prior
-    none = np.zeros(num_records)
+    training = trainings.rate
+    for_reading = iter(together(votes.rates(open_), training))
+    for_training = iter(trainings.rates(waiting))
+    rates = np.zeros(num_records)
     seen = np.zeros(num_records, dtype=bool)
     for completion in known:
-        chance = CONSUMED
+        rate = CONSUMED
         if completion.voted is None:
-            chance = prior * float(next(for_votes))
+            rate = float(next(for_reading))
         elif completion.is_waiting:
-            chance = float(next(for_trainings))
-        if completion.is_stale:
-            chance = 0.0
+            rate = float(next(for_training))
         records = completion.alive(gen)
-        none[records] += np.log1p(-chance)
+        rates[records] += 0.0 if completion.is_stale else rate
         seen[records] = True
-    return np.where(seen, -np.expm1(none), votes.prior * prior)
+    return np.where(seen, rates, together(votes.rate, training))
+
+
+def together(first: Any, then: float) -> Any:
+    """Rate of one thing after another: their times add up."""
+    return first * then / (first + then)

@@ -6,6 +6,7 @@ On a CUDA machine both entry points do nothing.
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import importlib.util
 from pathlib import Path
@@ -13,6 +14,8 @@ from typing import Any
 
 import torch
 
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+"""Of malloc.h."""
 _library: torch.library.Library | None = None
 
 
@@ -64,6 +67,22 @@ def _without_pin_memory(function: Any) -> Any:
         return function(*args, **kwargs)
 
     return wrapped
+
+
+def keep_freed_memory() -> None:
+    """For a scheduler process: have the C library keep what is freed, up to a gigabyte.
+
+    Activations that are kept until nobody waits are freed later than the next prefill begins. Given back to the system
+    in between they come as fresh pages, and each costs a fault: 1300 a prompt of 512 tokens of the embedded model.
+    Elsewhere than on glibc nothing is done.
+    """
+    if torch.cuda.is_available():
+        return
+    set_option = getattr(ctypes.CDLL(None), "mallopt", None)
+    if set_option is not None:
+        # The threshold's largest value; a block beyond it is the system's all the same.
+        set_option(_M_MMAP_THRESHOLD, 32 << 20)
+        set_option(_M_TRIM_THRESHOLD, 1 << 30)
 
 
 def activate() -> str | None:

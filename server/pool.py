@@ -177,7 +177,7 @@ class ActivationPool:
         """See `record_later`: what it returned, slots and positions."""
         self._to_hedge: deque[tuple[Ids, Ids]] = deque()
         self.answers = Answers(self._gen)
-        self._prior = self.answers.prior
+        self._first_rate = self.answers.first_rate
         self._half_flops = layout.half_flops_position
         self._tick = 0
         self.num_lost = 0
@@ -318,7 +318,7 @@ class ActivationPool:
         self._tick += 1
         cost = 1 + positions.numpy() / self._half_flops
         is_lru = self._eviction == "lru"
-        value = np.full_like(cost, self._tick) if is_lru else cost * self._prior
+        value = np.full_like(cost, self._tick) if is_lru else cost * self._first_rate
         total = count = self._provide(slots.numel())
         rest = slots.numel() - count
         if isinstance(self.device, GpuTier):
@@ -656,9 +656,9 @@ class ActivationPool:
     @caught_up
     def appraise(self, now: float) -> None:
         """Bring the rows' values up to date; what `lru` needs is kept as rows are used."""
-        self._prior = self.answers.prior
+        self._first_rate = self.answers.first_rate
         if self._eviction == "value":
-            np.multiply(self._cost, self.answers.chances(now), out=self._value)
+            np.multiply(self._cost, self.answers.rates(now), out=self._value)
             self._line_up()
 
     # Reading

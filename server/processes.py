@@ -33,6 +33,7 @@ def run_scheduler(server_args: Any, port_args: Any, *args: Any, **kwargs: Any) -
     from sglang.srt.managers.load_snapshot import shm_path_for
 
     cpu.ignore_pin_memory()
+    cpu.keep_freed_memory()
     from sglang.srt.managers.scheduler import run_scheduler_process
 
     from alchemist.server import run

@@ -12,6 +12,7 @@ from alchemist.server.appraisal import (
     Completion,
     Delays,
     bin_of,
+    together,
     worth,
 )
 
@@ -22,34 +23,56 @@ def test_bins_double():
 
 
 def test_before_anything_was_seen_older_answers_have_less_to_hope_for():
-    chances = Delays(VOTE_CHANCE).chances(np.array([0.0, 10.0, 1e3, 1e6]))
-    assert (np.diff(chances) < 0).all()
-    assert chances[-1] > 0
-    assert Delays(VOTE_CHANCE).prior == pytest.approx(0.075, abs=0.01)
+    rates = Delays(VOTE_CHANCE).rates(np.array([0.0, 10.0, 1e3, 1e6]))
+    assert (np.diff(rates) < 0).all()
+    assert rates[-1] > 0
+
+
+def seen(delays, given_up=(), chance=VOTE_CHANCE):
+    found = Delays(chance)
+    for delay in delays:
+        found.came(float(delay))
+    for age in given_up:
+        found.left(age)
+    return found
 
 
 def test_votes_that_come_at_once_or_never():
     """Half of two thousand answers are voted on within four seconds, the rest is given up after a day."""
-    delays = Delays(VOTE_CHANCE)
     draw = np.random.default_rng(0)
-    for delay in draw.uniform(0, 4, 1000):
-        delays.came(float(delay))
-    for _ in range(1000):
-        delays.left(86_400.0)
-    young, old = delays.chances(np.array([0.0, 60.0]))
-    # Of the first bin, half is behind an answer of no age: some of its votes have come.
-    assert young == pytest.approx(0.45, abs=0.06)
-    assert old < 0.05
+    delays = seen(draw.uniform(0, 4, 1000), [86_400.0] * 1000)
+    young, old = delays.rates(np.array([0.0, 60.0]))
+    # Half of them, for which 0.5 · 2 s + 0.5 · 4 s are waited.
+    assert young == pytest.approx(0.5 / 3, rel=0.2)
+    assert old < young / 1000
+
+
+def test_votes_that_all_take_a_minute():
+    """An answer of no age has as long to wait as a vote takes, one of half a minute less."""
+    delays = seen(np.random.default_rng(0).uniform(60, 64, 1000))
+    new, old, forgotten = delays.rates(np.array([0.0, 32.0, 600.0]))
+    assert new == pytest.approx(1 / 60, rel=0.4)
+    assert old > 2 * new
+    assert forgotten < new
+
+
+def test_of_votes_that_are_all_sure_to_come_the_soonest_counts():
+    """Log-normal delays, as of people: an answer that has waited for long has long to wait still."""
+    delays = seen(np.random.default_rng(0).lognormal(np.log(6), 1.5, 2000))
+    new, old = delays.rates(np.array([5.0, 200.0]))
+    assert new > 5 * old
 
 
 def test_answers_without_a_vote_yet_count():
     """A hundred answers were voted on; nine hundred are as old and were not: one in ten, not all."""
-    delays = Delays(VOTE_CHANCE)
-    for _ in range(100):
-        delays.came(0.5)
-    assert delays.chances(np.zeros(1))[0] > 0.5
+    delays = seen([0.5] * 100)
+    alone = delays.rates(np.zeros(1))[0]
     ages = np.append(np.full(900, 30.0), 0.0)
-    assert delays.chances(ages)[-1] < 0.2
+    assert delays.rates(ages)[-1] < alone / 5
+
+
+def test_times_add_up():
+    assert together(1 / 20, 1 / 60) == pytest.approx(1 / 80)
 
 
 def test_a_row_is_worth_what_its_answers_are_together():
@@ -57,20 +80,21 @@ def test_a_row_is_worth_what_its_answers_are_together():
     votes, trainings = Delays(VOTE_CHANCE), Delays(TRAINING_CHANCE)
     voted = Completion(np.array([0, -1]), np.array([0, 0]), finished=0.0, voted=1.0)
     trained = Completion(np.array([1, 2]), np.array([0, 6]), 0.0, voted=1.0, is_consumed=True)
+    stale = Completion(np.array([3]), np.array([0]), finished=0.0, is_stale=True)
     open_ = [Completion(np.array([3, 1]), np.array([0, 0]), finished=0.0) for _ in range(2)]
-    known = [voted, trained, *open_]
+    known = [voted, trained, stale, *open_]
     found = worth(known, gen, votes, trainings, now=10.0, num_records=5)
-    one = votes.chances(np.array([10.0, 10.0]))[0] * trainings.prior
-    assert found[0] == pytest.approx(trainings.chances(np.array([9.0]))[0])
-    assert found[1] == pytest.approx(1 - (1 - CONSUMED) * (1 - one) ** 2)
-    assert found[3] == pytest.approx(1 - (1 - one) ** 2)
+    one = together(votes.rates(np.array([10.0] * 3))[0], trainings.rate)
+    assert found[0] == pytest.approx(trainings.rates(np.array([9.0]))[0])
+    assert found[1] == pytest.approx(CONSUMED + 2 * one)
+    assert found[3] == pytest.approx(2 * one)
     # Record 2 is another token's by now, 4 is of an answer that is being written.
-    assert found[2] == found[4] == votes.prior * trainings.prior
+    assert found[2] == found[4] == together(votes.rate, trainings.rate)
 
 
 def values(answers, now):
     """What each completion's only record is worth, by id, in the order in which they came."""
-    found = answers.chances(now)
+    found = answers.rates(now)
     return dict(zip("abcdef", found, strict=False))
 
 
@@ -81,7 +105,7 @@ def answers_of(count):
     return answers
 
 
-def test_where_training_keeps_up_a_vote_is_as_good_as_read():
+def test_where_training_keeps_up_a_vote_is_worth_most():
     answers = answers_of(6)
     for step in range(40):
         answers.voted("a", 10.0 + step)
@@ -90,7 +114,7 @@ def test_where_training_keeps_up_a_vote_is_as_good_as_read():
         answers.add("a", np.array([0]), 14.0 + step, "v1")
     answers.voted("b", 60.0)
     worths = values(answers, 60.5)
-    assert worths["b"] > 0.9 > worths["c"]
+    assert worths["b"] > 5 * worths["c"] > 0
 
 
 def test_where_training_is_behind_an_old_vote_is_worth_less_than_a_young_answer():
@@ -111,4 +135,4 @@ def test_where_training_is_behind_an_old_vote_is_worth_less_than_a_young_answer(
     answers.voted("b", now - 65)
     answers.add("c", np.array([2]), now - 1, "v1")
     worths = values(answers, now)
-    assert 0 < worths["b"] < worths["c"] < 0.2
+    assert 0 < worths["b"] < worths["c"]
