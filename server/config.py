@@ -123,8 +123,8 @@ class Config:
     model, for gradients that are off by one to three percent (default: auto)."""
 
     activation_eviction: Literal["value", "lru"] = "value"
-    """Which recorded activations go first when room is short: those least likely to meet a vote still, by
-    the delays of the votes so far, or the least recently used (default: value)."""
+    """Which recorded activations go first when room is short: those that are longest in being trained from, by
+    the delays of the votes and of their training so far, or the least recently used (default: value)."""
 
     lease_policy: Literal["idle", "share", "slo", "none"] = "idle"
     """When the trainer may run. idle: only while no request is in flight; share: also for --lease-share of the time
