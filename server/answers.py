@@ -55,8 +55,8 @@ class Answers:
         self._known |= self._fresh
         for completion in self._completions.values():
             is_stale = not self.is_fresh(completion.served_by)
-            if is_stale and completion.is_waiting and completion.voted is not None:
-                self._trainings.left(now - completion.voted)
+            if is_stale and completion.waits_since is not None:
+                self._trainings.left(now - completion.waits_since)
             completion.is_stale = is_stale
 
     def add(self, rid: str, records: Ids, now: float, served_by: str) -> Ids:
@@ -84,8 +84,8 @@ class Answers:
     def consumed(self, rid: str, now: float) -> None:
         completion = self._completions.get(rid)
         if completion is not None:
-            if completion.is_waiting and completion.voted is not None:
-                self._trainings.came(now - completion.voted)
+            if completion.waits_since is not None:
+                self._trainings.came(now - completion.waits_since)
             completion.is_consumed = True
 
     def drop(self, rid: str, now: float) -> Ids:
@@ -95,8 +95,8 @@ class Answers:
             return np.arange(0)
         if completion.voted is None:
             self._votes.left(now - completion.finished)
-        elif completion.is_waiting:
-            self._trainings.left(now - completion.voted)
+        elif completion.waits_since is not None:
+            self._trainings.left(now - completion.waits_since)
         self._num_tokens -= completion.records.size
         records = completion.alive(self._gen)
         self.wants[records] -= 1

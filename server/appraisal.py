@@ -51,9 +51,9 @@ class Completion:
     """Whether it would be computed again all the same, its version being too old."""
 
     @property
-    def is_waiting(self) -> bool:
-        """Whether a vote on it waits to be trained from its rows."""
-        return self.voted is not None and not self.is_consumed and not self.is_stale
+    def waits_since(self) -> float | None:
+        """When its vote came, if it is still to be trained from these rows."""
+        return None if self.is_consumed or self.is_stale else self.voted
 
     def is_alive(self, gen: np.ndarray) -> np.ndarray:
         """Which of `records` are still its own: bool."""
@@ -134,7 +134,7 @@ def worth(
     """
     known = list(completions)
     open_ = np.array([now - c.finished for c in known if c.voted is None])
-    waiting = np.array([now - c.voted for c in known if c.is_waiting and c.voted is not None])
+    waiting = np.array([now - c.waits_since for c in known if c.waits_since is not None])
     training = trainings.rate
     for_reading = iter(together(votes.rates(open_), training))
     for_training = iter(trainings.rates(waiting))
@@ -144,7 +144,7 @@ def worth(
         rate = CONSUMED
         if completion.voted is None:
             rate = float(next(for_reading))
-        elif completion.is_waiting:
+        elif completion.waits_since is not None:
             rate = float(next(for_training))
         records = completion.alive(gen)
         rates[records] += 0.0 if completion.is_stale else rate
