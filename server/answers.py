@@ -11,7 +11,6 @@ from alchemist.server.appraisal import (
     VOTE_CHANCE,
     Completion,
     Delays,
-    together,
     worth,
 )
 from alchemist.server.ids import Ids
@@ -103,13 +102,8 @@ class Answers:
         unwanted: Ids = records[self.wants[records] == 0]
         return unwanted
 
-    @property
-    def first_rate(self) -> float:
-        """What a row of an answer that is still being written is worth."""
-        return float(together(self._votes.rate, self._trainings.rate))
-
-    def rates(self, now: float) -> np.ndarray:
-        """By record, what it is worth by all completions that have it."""
+    def rates(self, now: float) -> tuple[np.ndarray, float]:
+        """By record, what it is worth by all completions that have it; and what one is of an answer that begins now."""
         every = self._completions.values()
         return worth(every, self._gen, self._votes, self._trainings, now, self._gen.size)
 

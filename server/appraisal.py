@@ -104,11 +104,6 @@ class Delays:
         found: np.ndarray = np.interp(ages, _EDGES, index)
         return found
 
-    @property
-    def rate(self) -> float:
-        """At the beginning."""
-        return float(self.rates(np.zeros(1))[0])
-
 
 def bin_of(delays: np.ndarray) -> np.ndarray:
     """Bin of each delay in seconds: 0 below 1 s, 1 below 2 s, 2 below 4 s, …"""
@@ -124,9 +119,9 @@ def worth(
     trainings: Delays,
     now: float,
     num_records: int,
-) -> np.ndarray:
-    """By record, the rate at which it is read for the completions that have it, in 1/s: float64 [num_records]. Records
-    of no completion, whose answers are still being written, have that of an answer at its beginning.
+) -> tuple[np.ndarray, float]:
+    """By record, the rate at which it is read for the completions that have it, in 1/s: float64 [num_records]. And the
+    rate of an answer at its beginning: that of records of no completion, whose answers are still being written.
 
     Args:
         votes: after answers.
@@ -135,9 +130,10 @@ def worth(
     known = list(completions)
     open_ = np.array([now - c.finished for c in known if c.voted is None])
     waiting = np.array([now - c.waits_since for c in known if c.waits_since is not None])
-    training = trainings.rate
-    for_reading = iter(together(votes.rates(open_), training))
-    for_training = iter(trainings.rates(waiting))
+    # The last of each is one that begins now.
+    *waiting_rates, training = trainings.rates(np.append(waiting, 0.0))
+    *open_rates, first = together(votes.rates(np.append(open_, 0.0)), training)
+    for_reading, for_training = iter(open_rates), iter(waiting_rates)
     rates = np.zeros(num_records)
     seen = np.zeros(num_records, dtype=bool)
     for completion in known:
@@ -149,7 +145,7 @@ def worth(
         records = completion.alive(gen)
         rates[records] += 0.0 if completion.is_stale else rate
         seen[records] = True
-    return np.where(seen, rates, together(votes.rate, training))
+    return np.where(seen, rates, first), float(first)
 
 
 def together(first: Any, then: float) -> Any:

@@ -177,7 +177,7 @@ class ActivationPool:
         """See `record_later`: what it returned, slots and positions."""
         self._to_hedge: deque[tuple[Ids, Ids]] = deque()
         self.answers = Answers(self._gen)
-        self._first_rate = self.answers.first_rate
+        _, self._first_rate = self.answers.rates(0.0)
         self._half_flops = layout.half_flops_position
         self._tick = 0
         self.num_lost = 0
@@ -656,9 +656,9 @@ class ActivationPool:
     @caught_up
     def appraise(self, now: float) -> None:
         """Bring the rows' values up to date; what `lru` needs is kept as rows are used."""
-        self._first_rate = self.answers.first_rate
         if self._eviction == "value":
-            np.multiply(self._cost, self.answers.rates(now), out=self._value)
+            rates, self._first_rate = self.answers.rates(now)
+            np.multiply(self._cost, rates, out=self._value)
             self._line_up()
 
     # Reading

@@ -142,33 +142,29 @@ class Recorder:
             values = [batch.values for batch in batches]
         else:
             batches, values = [oldest], [oldest.next_layer()]
-        still = [self._pool.still(batch.begun.rows, batch.begun.gens) for batch in batches]
-        alive = [which.any() for which in still]
-        rows = [batch.begun.rows[which] for batch, which in zip(batches, still, strict=True)]
-        if any(alive):
-            self._copy(batches, values, still)
-        if oldest.is_decode or not oldest.values or not alive[0]:
-            if any(alive):
-                self._pool.complete(np.concatenate(rows))
+        written = self._copy(batches, values)
+        if oldest.is_decode or not oldest.values or not written.size:
+            self._pool.complete(written)
             for batch in batches:
                 self._kept.popleft()
                 self._num_kept_bytes -= batch.num_bytes
         return True
 
-    def _copy(
-        self, batches: list[_Batch], values: list[list[_Value]], still: list[np.ndarray]
-    ) -> None:
-        """Write `values` of each batch in the rows that are `still` its own."""
+    def _copy(self, batches: list[_Batch], values: list[list[_Value]]) -> np.ndarray:
+        """Write `values` of each batch in the rows that are still its own; these."""
         rows: list[np.ndarray] = []
         by_place: dict[tuple[int, str], list[torch.Tensor]] = {}
-        for batch, own, which in zip(batches, values, still, strict=True):
-            rows.append(batch.begun.rows[which])
+        for batch, own in zip(batches, values, strict=True):
+            still = self._pool.still(batch.begun.rows, batch.begun.gens)
+            rows.append(batch.begun.rows[still])
             for place, value in own:
                 mine = batch.of_rows(value)
                 by_place.setdefault(place, []).append(
-                    mine if which.all() else mine[torch.from_numpy(which)]
+                    mine if still.all() else mine[torch.from_numpy(still)]
                 )
         every, order = np.concatenate(rows), None
+        if not every.size:
+            return every
         if len(rows) > 1:
             # The pool takes rows on the device before rows on the host.
             ascending = np.argsort(every)
@@ -176,6 +172,7 @@ class Recorder:
         for (layer, field), parts in by_place.items():
             whole = parts[0] if len(parts) == 1 else torch.cat(parts)
             self._pool.write(layer, field, every, whole if order is None else whole[order])
+        return every
 
 
 _Value = tuple[tuple[int, str], torch.Tensor]

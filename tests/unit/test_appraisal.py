@@ -83,18 +83,20 @@ def test_a_row_is_worth_what_its_answers_are_together():
     stale = Completion(np.array([3]), np.array([0]), finished=0.0, is_stale=True)
     open_ = [Completion(np.array([3, 1]), np.array([0, 0]), finished=0.0) for _ in range(2)]
     known = [voted, trained, stale, *open_]
-    found = worth(known, gen, votes, trainings, now=10.0, num_records=5)
-    one = together(votes.rates(np.array([10.0] * 3))[0], trainings.rate)
-    assert found[0] == pytest.approx(trainings.rates(np.array([9.0]))[0])
+    found, first = worth(known, gen, votes, trainings, now=10.0, num_records=5)
+    # One vote waits, three answers do; one more of each begins.
+    waiting, training = trainings.rates(np.array([9.0, 0.0]))
+    *_, one, new = together(votes.rates(np.array([10.0] * 3 + [0.0])), training)
+    assert found[0] == pytest.approx(waiting)
     assert found[1] == pytest.approx(CONSUMED + 2 * one)
     assert found[3] == pytest.approx(2 * one)
     # Record 2 is another token's by now, 4 is of an answer that is being written.
-    assert found[2] == found[4] == together(votes.rate, trainings.rate)
+    assert found[2] == found[4] == first == pytest.approx(new)
 
 
 def values(answers, now):
     """What each completion's only record is worth, by id, in the order in which they came."""
-    found = answers.rates(now)
+    found, _ = answers.rates(now)
     return dict(zip("abcdef", found, strict=False))
 
 
@@ -136,3 +138,11 @@ def test_where_training_is_behind_an_old_vote_is_worth_less_than_a_young_answer(
     answers.add("c", np.array([2]), now - 1, "v1")
     worths = values(answers, now)
     assert 0 < worths["b"] < worths["c"]
+
+
+def test_answers_that_nobody_votes_on_make_new_ones_worth_less():
+    """Also before any of them is forgotten."""
+    few, many = Answers(np.zeros(1, np.int64)), Answers(np.zeros(100, np.int64))
+    for record in range(100):
+        many.add(str(record), np.array([record]), 0.0, "v1")
+    assert many.rates(1e5)[1] < few.rates(1e5)[1] / 5
