@@ -130,10 +130,12 @@ def worth(
     known = list(completions)
     open_ = np.array([now - c.finished for c in known if c.voted is None])
     waiting = np.array([now - c.waits_since for c in known if c.waits_since is not None])
-    # The last of each is one that begins now.
-    *waiting_rates, training = trainings.rates(np.append(waiting, 0.0))
+    # Of votes to come without those that wait: where training is behind they would make new answers worth so little
+    # that old votes stay, and half as many rows are there when a vote comes (docs/log.md).
+    (training,) = trainings.rates(np.zeros(1))
+    # The last one is an answer that begins now.
     *open_rates, first = together(votes.rates(np.append(open_, 0.0)), training)
-    for_reading, for_training = iter(open_rates), iter(waiting_rates)
+    for_reading, for_training = iter(open_rates), iter(trainings.rates(waiting))
     rates = np.zeros(num_records)
     seen = np.zeros(num_records, dtype=bool)
     for completion in known:

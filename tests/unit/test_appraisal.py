@@ -84,8 +84,8 @@ def test_a_row_is_worth_what_its_answers_are_together():
     open_ = [Completion(np.array([3, 1]), np.array([0, 0]), finished=0.0) for _ in range(2)]
     known = [voted, trained, stale, *open_]
     found, first = worth(known, gen, votes, trainings, now=10.0, num_records=5)
-    # One vote waits, three answers do; one more of each begins.
-    waiting, training = trainings.rates(np.array([9.0, 0.0]))
+    # One vote waits, three answers do, and one more begins.
+    (waiting,), (training,) = trainings.rates(np.array([9.0])), trainings.rates(np.zeros(1))
     *_, one, new = together(votes.rates(np.array([10.0] * 3 + [0.0])), training)
     assert found[0] == pytest.approx(waiting)
     assert found[1] == pytest.approx(CONSUMED + 2 * one)
