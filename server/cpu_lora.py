@@ -1,13 +1,13 @@
 """Adapters on a machine without a GPU at a price that small models can pay: SGLang's `torch_native` backend, lightened.
 
 It indexes with tensors of one element in every linear of every layer, walks all of them even when no request of the
-batch has an adapter, and adds q, k and v (gate and up) one after the other, each to a part of the output. Nearly always
-all requests of a batch have the same adapter, the live version's. Then two products do it:
+batch has an adapter, and adds q, k and v (gate and up) one after the other, each to a part of the output. Here two
+products do it, for every stretch of tokens that have the same adapter; nearly always it is one, of the live version:
 
     y += s · (x Aᵀ) W        W [n·r, E]: the n slices' Bᵀ [r, E_i] on the diagonal, zeros elsewhere
 
 W is made once for each adapter that is loaded. Where tokens are many its zeros cost more than calls do, and each slice
-is added by itself. Two adapters in a batch, or an adapter and none, go SGLang's way.
+is added by itself.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ gate, up at rank 16.
 
 
 @dataclass(eq=False)
-class Alone:
-    """The only adapter of a batch."""
+class Adapter:
+    """One that lies in SGLang's buffers."""
 
     uid: str
     index: int
@@ -58,18 +58,29 @@ class Alone:
             found = self.matrices[layer] = a[self.index, : w.shape[0]].T, w, ends
         return found
 
+    def add(self, layer: Any, y: Tensor, x: Tensor) -> None:
+        """To `y` [T, E], the layer's output for `x` [T, D]."""
+        a, w, ends = self.of(layer)
+        low = x @ a
+        if len(ends) == 2 or x.shape[0] < MANY_TOKENS:
+            y.addmm_(low, w, alpha=self.scaling)
+            return
+        for i, (start, end) in enumerate(pairwise(ends)):
+            mine = slice(i * self.rank, (i + 1) * self.rank)
+            y[:, start:end].addmm_(low[:, mine], w[mine, start:end], alpha=self.scaling)
+
 
 class CpuLora:
-    """Of one scheduler process: what its batches have in common."""
+    """Of one scheduler process: which adapters the tokens of its batch have."""
 
     def __init__(self) -> None:
-        self._by_index: dict[int, Alone] = {}
-        self._now: Alone | None = None
-        """Of the batch that is being computed; None: it has several, or none."""
+        self._by_index: dict[int, Adapter] = {}
+        self._stretches: list[tuple[slice, Adapter]] | None = None
+        """Of the batch that is being computed: its tokens that have an adapter. None: it goes SGLang's way."""
 
     def prepare_batch(self, original: Any, manager: Any, forward_batch: Any) -> None:
         """AROUND `LoRAManager.prepare_lora_batch`."""
-        self._now = None
+        self._stretches = None
         if manager.lora_backend.name != "torch_native":
             original(manager, forward_batch)
             return
@@ -81,36 +92,28 @@ class CpuLora:
         info = manager.lora_backend.batch_info
         if info.use_cuda_graph:
             return
-        for name in ("weight_indices_cpu", "seg_lens_cpu", "lora_ranks_cpu"):
-            setattr(info, name, getattr(info, name).tolist())
-        # Elements with .item(), as the backend asks for.
-        info.scalings_cpu = info.scalings_cpu.numpy()
-        self._now = self._alone(manager, info)
+        self._stretches, start = [], 0
+        for index, length in zip(info.weight_indices_cpu.tolist(), info.seg_lens_cpu.tolist(), strict=True):
+            adapter = self._adapter(manager, info, index)
+            if adapter is not None:
+                self._stretches.append((slice(start, start + length), adapter))
+            start += length
 
     def apply(self, original: Any, layer: Any, base_output: Tensor, x: Tensor) -> Tensor:
-        """AROUND `apply_lora` of a linear: adds the adapter to `base_output` [T, E], in place as SGLang does."""
-        if self._now is None:
+        """AROUND `apply_lora` of a linear: adds the adapters to `base_output` [T, E], in place as SGLang does."""
+        if self._stretches is None:
             result: Tensor = original(layer, base_output, x)
             return result
-        now = self._now
-        a, w, ends = now.of(layer)
-        low = x @ a
-        if len(ends) == 2 or x.shape[0] < MANY_TOKENS:
-            return base_output.addmm_(low, w, alpha=now.scaling)
-        for i, (start, end) in enumerate(pairwise(ends)):
-            mine = slice(i * now.rank, (i + 1) * now.rank)
-            base_output[:, start:end].addmm_(low[:, mine], w[mine, start:end], alpha=now.scaling)
+        for tokens, adapter in self._stretches:
+            adapter.add(layer, base_output[tokens], x[tokens])
         return base_output
 
-    def _alone(self, manager: Any, info: Any) -> Alone | None:
-        if len(info.weight_indices_cpu) != 1:
-            return None
-        index = info.weight_indices_cpu[0]
-        uid, rank = manager.memory_pool.buffer_id_to_uid[index], info.lora_ranks_cpu[index]
-        if not isinstance(uid, str) or not rank:
+    def _adapter(self, manager: Any, info: Any, index: int) -> Adapter | None:
+        """In SGLang's buffer `index`; None: none, its tokens are the base model's."""
+        uid, rank = manager.memory_pool.buffer_id_to_uid[index], int(info.lora_ranks_cpu[index])
+        if not rank:
             return None
         known = self._by_index.get(index)
         if known is None or known.uid != uid:
-            scaling = info.scalings_cpu[index].item()
-            known = self._by_index[index] = Alone(uid, index, rank, scaling)
+            known = self._by_index[index] = Adapter(uid, index, rank, float(info.scalings_cpu[index]))
         return known

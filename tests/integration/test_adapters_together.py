@@ -1,6 +1,7 @@
-"""A version answers alike whether all requests of a batch have it (one way to add an adapter) or not (another)."""
+"""A version answers alike whether all requests of a batch have it or not."""
 
 from concurrent.futures import ThreadPoolExecutor
+from itertools import combinations
 
 from live import wait_for
 
@@ -16,20 +17,25 @@ def difference(one, other):
     return max(abs(a - b) for a, b in zip(one[:8], other[:8], strict=True))
 
 
-def test_alone_and_together(server):
+def new_version(server):
     before = server.training()["step"]
     for text in ("Hello!", "What is 3 + 4?", "Tell me a joke.", "And a story?"):
         server.vote(server.chat(text)["id"])
     server.flush()
     wait_for(lambda: server.training()["step"] > before, 60, "a step")
-    live = server.training()["live_version"]
-    alone = {model: logprobs(server, model, f"alone {model}") for model in (live, "base")}
-    effect = difference(alone[live], alone["base"])
+    return server.training()["live_version"]
+
+
+def test_alone_and_together(server):
+    models = "base", new_version(server), new_version(server)
+    alone = {model: logprobs(server, model, f"alone {model}") for model in models}
+    # What the adapter of any one changes against any other.
+    effect = min(difference(alone[a], alone[b]) for a, b in combinations(models, 2))
     assert effect > 1e-5
-    with ThreadPoolExecutor(4) as pool:
+    with ThreadPoolExecutor(6) as pool:
         together = [
-            pool.submit(logprobs, server, model, f"together {i}")
-            for i, model in enumerate((live, "base", live, "base"))
+            (model, pool.submit(logprobs, server, model, f"together {i}"))
+            for i, model in enumerate(models * 2)
         ]
-        for model, answer in zip((live, "base") * 2, together, strict=True):
+        for model, answer in together:
             assert difference(answer.result(), alone[model]) < 0.1 * effect
