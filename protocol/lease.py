@@ -320,7 +320,8 @@ class Gate:
         is_running = not stood and (self.state is LeaseState.METERED or since > self._last_ns)
         if self.state is LeaseState.GRANTED:
             self._advance(LeaseEvent.REQUESTED)
-        ran_ns = 0 if stood else now - max(self._last_ns, since)
+        # One may have come since we looked at the clock.
+        ran_ns = 0 if stood else max(0, now - max(self._last_ns, since))
         beyond_s = self._allowance.ran(ran_ns / 1e9, share)
         lease.note_metered(ran_ns)
         if not self._allowance.is_spent(share):

@@ -204,15 +204,21 @@ class CheckedOut(_Message, kw_only=True, frozen=True):
 
 
 class CheckIn(_Message, kw_only=True, frozen=True):
+    """The rows of a `CheckOut` have been read."""
+
     ticket: int
-    consumed: list[str] = []
-    """Completions whose votes were trained."""
 
 
 class Voted(_Message, kw_only=True, frozen=True):
     """A vote on a completion is on disk: its rows will be wanted."""
 
     rid: str
+
+
+class Trained(_Message, kw_only=True, frozen=True):
+    """Votes on these completions have been trained, or cannot be: their rows are not waited for."""
+
+    rids: list[str]
 
 
 class Fresh(_Message, kw_only=True, frozen=True):
@@ -236,7 +242,7 @@ class RowStats(_Message, kw_only=True, frozen=True):
 
 ToMain = SchedulerHello | Finished | TrainerHello | TrainerReady | StepDone | StepFailed | RowStats
 ToTrainer = Welcome | Train | Stop | CheckedOut
-ToScheduler = CheckOut | CheckIn | Voted | Fresh | AskRows
+ToScheduler = CheckOut | CheckIn | Voted | Trained | Fresh | AskRows
 
 _encoder = msgspec.msgpack.Encoder()
 _to_main: msgspec.msgpack.Decoder[ToMain] = msgspec.msgpack.Decoder(ToMain)

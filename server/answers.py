@@ -15,6 +15,9 @@ from alchemist.server.appraisal import (
 )
 from alchemist.server.ids import Ids
 
+NUM_EARLY = 1024
+"""Votes on answers that have not ended, or of which nothing is known any more: no more than this are kept."""
+
 
 class Answers:
     """Completions by id, and how many of them want each record.
@@ -29,6 +32,8 @@ class Answers:
         self.wants = np.zeros_like(gen)
         self._votes, self._trainings = Delays(VOTE_CHANCE), Delays(TRAINING_CHANCE)
         self._completions: dict[str, Completion] = {}
+        self._early: dict[str, None] = {}
+        """Completions that were voted on before they had ended, the oldest first."""
         self._fresh = frozenset({""})
         self._known = {""}
         self._num_tokens = 0
@@ -68,13 +73,20 @@ class Answers:
         completion.is_stale = not self.is_fresh(served_by)
         self._completions[rid] = completion
         self._num_tokens += records.size
+        if rid in self._early:
+            del self._early[rid]
+            self.voted(rid, now)
         while self._num_tokens > 4 * self._gen.size and len(self._completions) > 1:
             unwanted.append(self.drop(next(iter(self._completions)), now))
         return np.concatenate(unwanted)
 
     def voted(self, rid: str, now: float) -> None:
         completion = self._completions.get(rid)
-        if completion is not None and completion.voted is None:
+        if completion is None:
+            self._early[rid] = None
+            if len(self._early) > NUM_EARLY:
+                del self._early[next(iter(self._early))]
+        elif completion.is_open:
             completion.voted = now
             self._votes.came(now - completion.finished)
             self.num_voted_tokens += completion.records.size
@@ -92,7 +104,7 @@ class Answers:
         completion = self._completions.pop(rid, None)
         if completion is None:
             return np.arange(0)
-        if completion.voted is None:
+        if completion.is_open:
             self._votes.left(now - completion.finished)
         elif completion.waits_since is not None:
             self._trainings.left(now - completion.waits_since)

@@ -20,13 +20,13 @@ from typing import Any
 import numpy as np
 
 NUM_BINS = 24
-"""Up to 1 s, 2 s, 4 s, … and the last one for ever (97 days on)."""
+"""Up to 1 s, 2 s, 4 s, … and the last one for ever (from 48 days on)."""
 _EDGES = np.append(0.0, 2.0 ** np.arange(NUM_BINS))
 """Of the bins, in seconds."""
 VOTE_CHANCE, TRAINING_CHANCE, PRIOR_WEIGHT = 0.1, 0.9, 5.0
 """Before anything was seen: one answer in ten is voted on, nine votes in ten are trained in time, half of those within
-a second, half of the rest within two more, and so on, as if five had taught so. Older ones have less to hope for, so
-rows go in the order of their age.
+a second, half of the rest by the end of the next bin, and so on, as if five had taught so. Older ones have less to hope
+for, so rows go in the order of their age.
 """
 CONSUMED = 1e-9
 """Rate of an answer whose vote was trained: another user may vote on it."""
@@ -51,6 +51,11 @@ class Completion:
     """Whether it would be computed again all the same, its version being too old."""
 
     @property
+    def is_open(self) -> bool:
+        """Whether its first vote may still come."""
+        return self.voted is None and not self.is_consumed
+
+    @property
     def waits_since(self) -> float | None:
         """When its vote came, if it is still to be trained from these rows."""
         return None if self.is_consumed or self.is_stale else self.voted
@@ -73,6 +78,7 @@ class Delays:
         chance: that it comes, before anything was seen; some of that is lost to the bins, which end.
         """
         self._prior = PRIOR_WEIGHT * chance * 0.5 ** (1 + np.arange(NUM_BINS))
+        self._prior_at_risk = PRIOR_WEIGHT - np.append(0.0, self._prior.cumsum()[:-1])
         self._came = np.zeros(NUM_BINS)
         self._at_risk = np.zeros(NUM_BINS)
 
@@ -86,14 +92,19 @@ class Delays:
         """It has not come, and is no longer waited for."""
         self._at_risk[: int(bin_of(np.array([age]))[0]) + 1] += 1
 
+    def hazards(self, ages: np.ndarray) -> np.ndarray:
+        """By bin, the chance that it comes then if it has not before; `ages` as for `rates`. [NUM_BINS]"""
+        open_ = np.bincount(bin_of(ages), minlength=NUM_BINS)[::-1].cumsum()[::-1]
+        at_risk = self._at_risk + open_ + self._prior_at_risk
+        hazards: np.ndarray = np.minimum((self._came + self._prior) / at_risk, 1.0)
+        return hazards
+
     def rates(self, ages: np.ndarray) -> np.ndarray:
         """How soon it may come where it has been waited for for `ages` seconds, in 1/s: see above.
 
         These count themselves as at risk so far: without them only those for which it came would.
         """
-        open_ = np.bincount(bin_of(ages), minlength=NUM_BINS)[::-1].cumsum()[::-1]
-        hazard = (self._came + self._prior) / (self._at_risk + open_ + PRIOR_WEIGHT)
-        left = np.append(1.0, (1 - np.minimum(hazard, 1.0)).cumprod())
+        left = np.append(1.0, (1 - self.hazards(ages)).cumprod())
         waited = np.append(0.0, (np.diff(_EDGES) * (left[1:] + left[:-1]) / 2).cumsum())
         # From every edge to every later one.
         came = left[:, None] - left
@@ -128,7 +139,7 @@ def worth(
         trainings: after votes.
     """
     known = list(completions)
-    open_ = np.array([now - c.finished for c in known if c.voted is None])
+    open_ = np.array([now - c.finished for c in known if c.is_open])
     waiting = np.array([now - c.waits_since for c in known if c.waits_since is not None])
     # Of votes to come without those that wait: where training is behind they would make new answers worth so little
     # that old votes stay, and half as many rows are there when a vote comes (docs/log.md).
@@ -140,7 +151,7 @@ def worth(
     seen = np.zeros(num_records, dtype=bool)
     for completion in known:
         rate = CONSUMED
-        if completion.voted is None:
+        if completion.is_open:
             rate = float(next(for_reading))
         elif completion.waits_since is not None:
             rate = float(next(for_training))

@@ -93,7 +93,9 @@ class CpuLora:
         if info.use_cuda_graph:
             return
         self._stretches, start = [], 0
-        for index, length in zip(info.weight_indices_cpu.tolist(), info.seg_lens_cpu.tolist(), strict=True):
+        for index, length in zip(
+            info.weight_indices_cpu.tolist(), info.seg_lens_cpu.tolist(), strict=True
+        ):
             adapter = self._adapter(manager, info, index)
             if adapter is not None:
                 self._stretches.append((slice(start, start + length), adapter))
@@ -115,5 +117,7 @@ class CpuLora:
             return None
         known = self._by_index.get(index)
         if known is None or known.uid != uid:
-            known = self._by_index[index] = Adapter(uid, index, rank, float(info.scalings_cpu[index]))
+            known = self._by_index[index] = Adapter(
+                uid, index, rank, float(info.scalings_cpu[index])
+            )
         return known

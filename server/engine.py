@@ -74,8 +74,8 @@ class Engine:
         self.recorder: Recorder | GpuRecorder | None = None
         self._logprobs: dict[str, list[tuple[int, torch.Tensor, int]]] = {}
         self._tickets: dict[tuple[bytes, int], list[tuple[Ids, Ids]]] = {}
-        self._opted_out: set[str] = set()
-        """Requests in flight that asked not to be recorded."""
+        self._unrecorded: set[str] = set()
+        """Requests in flight that are not recorded: they asked for it, or are too short."""
         self._rows_per_portion = 1
         self._appraised = self._hedged = 0.0
 
@@ -254,22 +254,21 @@ class Engine:
 
     def _wanted(self, batch: Any) -> torch.Tensor | None:
         """Which tokens of a prefill are to be recorded; None: all."""
-        lengths, total = batch.extend_seq_lens_cpu, batch.seq_lens_cpu.tolist()
         wanted = [
-            length >= self.config.record_min_tokens and self._is_wanted(rid, lora_id)
-            for rid, lora_id, length in zip(batch.rids, _adapters(batch), total, strict=False)
+            self._is_wanted(rid, lora_id)
+            for rid, lora_id in zip(batch.rids, _adapters(batch), strict=False)
         ]
         if all(wanted):
             return None
-        mask = torch.tensor(wanted).repeat_interleave(torch.as_tensor(lengths))
+        mask = torch.tensor(wanted).repeat_interleave(torch.as_tensor(batch.extend_seq_lens_cpu))
         return torch.nonzero(mask).flatten()
 
     def _is_wanted(self, rid: str, lora_id: str | None) -> bool:
-        """Whether a request is to be recorded: it has not been opted out, its version is not too old to be trained
+        """Whether a request is to be recorded: it is none that is not, its version is not too old to be trained
         from, and it is in the share of those that are. By its id, so that all its chunks and steps are treated alike.
         """
         assert self.pool is not None
-        if rid in self._opted_out or not self.pool.is_fresh(lora_id or ""):
+        if rid in self._unrecorded or not self.pool.is_fresh(lora_id or ""):
             return False
         fraction = self.config.record_fraction
         return fraction >= 1 or zlib.crc32(rid.encode()) < fraction * 2**32
@@ -296,7 +295,7 @@ class Engine:
     def finished(self, req: Any, tree_cache: Any) -> None:
         """A request has ended and its KV is about to go to the tree: report it."""
         noted = self._logprobs.pop(req.rid, [])
-        self._opted_out.discard(req.rid)
+        self._unrecorded.discard(req.rid)
         if req.rid.startswith(_HEALTH_CHECK):
             return
         prompt = list(req.origin_input_ids)
@@ -386,7 +385,7 @@ class Engine:
             self.lease.set_engine_busy(True)
             # A batch of the native API is one of them.
             every = (one for r in requests for one in getattr(r, "batch", (r,)))
-            self._opted_out.update(one.rid for one in every if _is_opted_out(one))
+            self._unrecorded.update(one.rid for one in every if self._is_excluded(one))
         self._relieve()
         if self._scheduler is None:
             self._open_desk(scheduler)
@@ -396,6 +395,12 @@ class Engine:
         self.serve_desk()
         self._prepare()
 
+    def _is_excluded(self, request: Any) -> bool:
+        ids = getattr(request, "input_ids", None)
+        return _is_opted_out(request) or (
+            ids is not None and len(ids) < self.config.record_min_tokens
+        )
+
     def on_idle(self, scheduler: Any) -> None:
         """Nothing waits and nothing runs: the trainer may."""
         if scheduler.is_fully_idle():
@@ -403,7 +408,7 @@ class Engine:
             # What was sampled past the end of an aborted request belongs to nobody, nor does what one wanted that was
             # aborted before it began.
             self._logprobs.clear()
-            self._opted_out.clear()
+            self._unrecorded.clear()
             self._keep_house(scheduler)
         # It may sleep for long, and somebody may wait for what has not been settled.
         self._settle(True)
@@ -506,10 +511,12 @@ class Engine:
             self.pool.voted(message.rid, time.monotonic())
         elif isinstance(message, messages.Fresh):
             self.pool.keep_fresh(message.lora_ids, time.monotonic())
-        else:
-            self._check_in((peer, message.ticket))
-            for rid in message.consumed:
+        elif isinstance(message, messages.Trained):
+            for rid in message.rids:
                 self.pool.consumed(rid, time.monotonic())
+        else:
+            # After what it checks in, if that still waits for the device.
+            self.pool.arrivals.then((), partial(self._check_in, (peer, message.ticket)))
         return None
 
     def _check_out(self, peer: bytes, message: messages.CheckOut) -> messages.CheckedOut | None:

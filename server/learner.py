@@ -96,6 +96,8 @@ class Learner:
         self._hello: messages.SchedulerHello | None = None
         self._hello_came = asyncio.Event()
         self._training = False
+        self._publishing = asyncio.Lock()
+        """Held while it changes which version is live, and which ones are loaded."""
         self._wake = asyncio.Event()
         self._flush_left = 0
         self._next_version = 1
@@ -300,7 +302,10 @@ class Learner:
                 )
                 # Votes may have been deleted since they were counted.
                 if items:
-                    await self._train(items)
+                    try:
+                        await self._train(items)
+                    finally:
+                        await self.ledger.release_batch()
                 crashes = kills = 0
                 self._flush_left = max(0, self._flush_left - len(items))
                 waiting_since = time.monotonic()
@@ -321,16 +326,13 @@ class Learner:
 
     async def _train(self, items: list[TrainingItem]) -> None:
         version, step, parent = self._next_version, self.step + 1, self.live
-        request = messages.Train(
-            step=step,
-            parent=parent,
-            version=version,
-            samples=[
-                sample
-                for item in items
-                for sample in train_samples(item, self.config.objective, self._manager.tokenizer)
-            ],
-        )
+        samples, failed = train_samples(items, self.config.objective, self._manager.tokenizer)
+        if failed:
+            await self.ledger.fail_feedback(failed)
+            items = [item for item in items if item.feedback_id not in failed]
+        if not samples:
+            return
+        request = messages.Train(step=step, parent=parent, version=version, samples=samples)
         self._training = True
         try:
             answer = await self.trainer.step(request)
@@ -353,6 +355,7 @@ class Learner:
                 failed=answer.failed,
             )
             self._next_version, self.step = version + 1, step
+            await self._rows.trained(sorted({item.completion.id for item in items}))
             self.tokens_reused += answer.tokens_reused
             self.tokens_recomputed += answer.tokens_recomputed
             self.last_error = None
@@ -379,6 +382,10 @@ class Learner:
 
     async def _publish(self, version: int, path: str, parent: int) -> Proven | None:
         """Make a version live; None: that was not to be, and its votes are pending again."""
+        async with self._publishing:
+            return await self._publish_alone(version, path, parent)
+
+    async def _publish_alone(self, version: int, path: str, parent: int) -> Proven | None:
         if self.live != parent:
             # Somebody promoted or rolled back while the step ran: that is not undone behind their back. The votes
             # are pending again and are trained from what is live now.
@@ -462,15 +469,16 @@ class Learner:
             NotFound: no such version. Conflict: it failed or its directory is gone.
         """
         found = await self.ledger.get_version(version)
-        if version and version not in self.publisher.loaded:
-            if found.path is None or not Path(found.path).is_dir():
-                raise Conflict(f"version v{version} is no longer kept")
-            try:
-                await self.publisher.load(version, found.path)
-            except PublishRefused as error:
-                raise Conflict(str(error)) from error
-        await self.ledger.set_version_state(version, "live", None)
-        await self._went_live(version)
+        async with self._publishing:
+            if version and version not in self.publisher.loaded:
+                if found.path is None or not Path(found.path).is_dir():
+                    raise Conflict(f"version v{version} is no longer kept")
+                try:
+                    await self.publisher.load(version, found.path)
+                except PublishRefused as error:
+                    raise Conflict(str(error)) from error
+            await self.ledger.set_version_state(version, "live", None)
+            await self._went_live(version)
 
     async def rollback(self) -> None:
         """Make the live version's nearest servable ancestor live.

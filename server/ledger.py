@@ -100,21 +100,24 @@ class Ledger(VersionTables):
     def add_completion(self, completion: Completion) -> Answer[None]:
         """Stores a finished completion; its waiting votes become pending. Nobody needs to wait for it.
 
-        A failure is logged and counted, never raised into a reply; a bounded number of completions that
-        could not be written stay in memory and are written with the first vote on them.
+        A failure is logged and counted, never raised into a reply; a bounded number of completions that could not be
+        written stay in memory, and are written with the first vote on them, or as soon as others can be.
         """
         answer = self._store.write(lambda db: self._insert_completion(db, completion))
 
         def finished(future: Future[None]) -> None:
             error = None if future.cancelled() else future.exception()
             with self._open_lock:
-                self._open.pop(completion.id, None)
-                if error is None:
-                    return
-                self.num_unsaved_completions += 1
-                if len(self._open) < _MAX_UNSAVED:
-                    self._open[completion.id] = completion
-            logger.error("completion %s was not stored: %s", completion.id, error)
+                is_new = self._open.pop(completion.id, None) is None
+                if error is not None:
+                    self.num_unsaved_completions += is_new
+                    if len(self._open) < _MAX_UNSAVED:
+                        self._open[completion.id] = completion
+                unsaved = next((kept for kept in self._open.values() if kept is not None), None)
+            if error is not None:
+                logger.error("completion %s was not stored: %s", completion.id, error)
+            elif unsaved is not None:
+                self.add_completion(unsaved)
 
         answer.future.add_done_callback(finished)
         return answer
@@ -194,7 +197,16 @@ class Ledger(VersionTables):
                 )
             return feedback, is_created
 
-        return self._store.write(operation)
+        def finished(future: Future[tuple[Feedback, bool]]) -> None:
+            if not future.cancelled() and future.exception() is None:
+                with self._open_lock:
+                    if self._open.get(vote.completion_id) is not None:
+                        # It was written with the vote.
+                        del self._open[vote.completion_id]
+
+        answer = self._store.write(operation)
+        answer.future.add_done_callback(finished)
+        return answer
 
     def get_feedback(self, feedback_id: str) -> Answer[Feedback]:
         """Raises NotFound."""
@@ -283,20 +295,19 @@ class Ledger(VersionTables):
     def _state_for_vote(self, db: sqlite3.Connection, rid: str) -> str:
         """State a vote on `rid` starts in; writes what is known of `rid` only in memory."""
         row = votes.completion_row(db, rid)
-        if row is None:
-            with self._open_lock:
-                if rid not in self._open:
-                    raise _unknown_completion(rid)
-                completion = self._open[rid]
-            if completion is None:
-                completion = Completion(
-                    id=rid,
-                    version=0,
-                    prompt_ids=[],
-                    response_ids=[],
-                    response_logprobs=[],
-                    state="streaming",
-                )
+        with self._open_lock:
+            is_open, unsaved = rid in self._open, self._open.get(rid)
+        if row is None and not is_open:
+            raise _unknown_completion(rid)
+        if row is None or (row["state"] == "streaming" and unsaved is not None):
+            completion = unsaved or Completion(
+                id=rid,
+                version=0,
+                prompt_ids=[],
+                response_ids=[],
+                response_logprobs=[],
+                state="streaming",
+            )
             self._insert_completion(db, completion)
             return "waiting" if completion.state == "streaming" else "pending"
         return "waiting" if row["state"] == "streaming" else "pending"
@@ -368,11 +379,6 @@ class Ledger(VersionTables):
         """How many votes `next_batch` would give. With `pairs` it compares the prompts of all pending votes."""
         pick = votes.pick_pairs if pairs else votes.pick_oldest
         return self._store.read(lambda db: len(pick(db, limit, _ANY_VERSION)))
-
-    def pending_since(self) -> Answer[float | None]:
-        """Unix time in seconds since when the oldest pending vote is pending; None: there is none."""
-        query = "SELECT min(updated) FROM feedback WHERE state = 'pending'"
-        return self._store.read(lambda db: db.execute(query).fetchone()[0])
 
     def fail_feedback(self, reasons: Mapping[str, str]) -> Answer[None]:
         """Pending votes that cannot be trained: feedback id → why."""

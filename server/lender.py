@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from sglang.srt.mem_cache.allocator import TokenToKVPoolAllocator
 
 from alchemist.protocol.streams import to_device
 from alchemist.server.arrivals import Arrivals
@@ -44,6 +45,8 @@ class Lender:
     def __init__(self, allocator: Any) -> None:
         self._allocator = allocator
         self.page_size: int = allocator.page_size
+        self._appends = isinstance(allocator, TokenToKVPoolAllocator)
+        """Whether what is freed is appended to the list. An allocator of pages has it first, of one slot each, too."""
         self.num_lent = 0
         num_pages = allocator.size // self.page_size + 1
         self._order, self._place = np.zeros((2, num_pages), np.int64)
@@ -230,11 +233,9 @@ class Lender:
         assert set(order) == set(lent), "the pages on loan"
 
     def stay_last(self, num_before: int) -> None:
-        """The list had `num_before` pages. What was freed goes before the lent ones: SGLang's allocator of single slots
-        appends it to the list, that of pages has it first.
-        """
+        """The list had `num_before` pages. What was freed goes before the lent ones."""
         free = self._allocator.free_pages
-        if self.page_size == 1 and self.num_lent and free.numel() > num_before:
+        if self._appends and self.num_lent and free.numel() > num_before:
             kept = num_before - self.num_lent
             parts = (free[:kept], free[num_before:], free[kept:num_before])
             self._allocator.free_pages = torch.cat(parts)

@@ -118,8 +118,9 @@ class Publisher:
                 break
             if version in keep or self._num_users(self.loaded[version]):
                 continue
-            await self._unload(f"v{version}")
+            # First, so that no request is given it while it is on its way out.
             del self.loaded[version]
+            await self._unload(f"v{version}")
             gone.append(version)
         return gone
 

@@ -148,6 +148,8 @@ class Recorder:
             for batch in batches:
                 self._kept.popleft()
                 self._num_kept_bytes -= batch.num_bytes
+                # The latest one is held until the next begins, and its rows may have ended.
+                batch.values.clear()
         return True
 
     def _copy(self, batches: list[_Batch], values: list[list[_Value]]) -> np.ndarray:

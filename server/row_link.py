@@ -28,6 +28,10 @@ class RowLink:
         """A vote on a completion is on disk."""
         await self._socket.send(messages.encode(messages.Voted(rid=rid)))
 
+    async def trained(self, rids: list[str]) -> None:
+        """Votes on these completions have been trained, or cannot be."""
+        await self._socket.send(messages.encode(messages.Trained(rids=rids)))
+
     async def fresh(self, lora_ids: list[str]) -> None:
         """Rows of these adapters' answers, and of no others, can still be trained from; "": the base model."""
         await self._socket.send(messages.encode(messages.Fresh(lora_ids=lora_ids)))

@@ -16,6 +16,7 @@ from sglang.srt.mem_cache.allocator import (  # noqa: E402
 
 from alchemist.protocol.layout import ActivationDtype, RowLayout  # noqa: E402
 from alchemist.protocol.tensors import Arena  # noqa: E402
+from alchemist.server.cpu_allocator import CpuPagedAllocator  # noqa: E402
 from alchemist.server.lender import Lender  # noqa: E402
 from alchemist.server.pool import ActivationPool  # noqa: E402
 from alchemist.trainer.rows import ActivationView, Recorded  # noqa: E402
@@ -71,9 +72,12 @@ class World:
             else {n: torch.zeros(shape, dtype=kv_dtype, device=device) for n in names}
         )
         self.k, self.v = ([buffers[f"{kind}{layer}"] for layer in range(2)] for kind in "kv")
-        kind = TokenToKVPoolAllocator if page_size == 1 else PagedTokenToKVPoolAllocator
+        # As in a server: on a CPU one of pages, whatever their size.
+        kind = PagedTokenToKVPoolAllocator if is_deferred or device != "cpu" else CpuPagedAllocator
         arguments = {"dtype": kv_dtype, "device": device, "kvcache": None, "need_sort": False}
-        if page_size > 1:
+        if kind is PagedTokenToKVPoolAllocator and page_size == 1:
+            kind = TokenToKVPoolAllocator
+        else:
             arguments["page_size"] = page_size
         self.allocator = kind(SIZE, **arguments)
         self.pool = ActivationPool(

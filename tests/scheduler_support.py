@@ -67,7 +67,7 @@ class Prefill:
             extend_seq_lens_cpu=[but, count] if but else [count],
             seq_lens_cpu=torch.tensor([but, count] if but else [count]),
         )
-        self.engine._opted_out.add("no")
+        self.engine._unrecorded.add("no")
         self.values = {
             field: torch.ones(total, width)
             for field, width in server.layout.widths.items()

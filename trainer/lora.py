@@ -91,12 +91,17 @@ class LoraAdapter:
         """All B are exactly zero: the adapted model is the base model."""
         return not any(bool(t.any()) for name, t in self.weights.items() if ".lora_B." in name)
 
-    def as_served(self, dtype: torch.dtype, device: torch.device | str = "cpu") -> LoraAdapter:
-        """The copy that serves: the masters rounded to the serving dtype. Shares memory when
-        nothing changes.
+    def as_served(
+        self, dtype: torch.dtype, device: torch.device | str | None = None
+    ) -> LoraAdapter:
+        """The copy that serves: the masters rounded to the serving dtype. Always a copy: masters change in place.
+
+        Args:
+            device: None: where the masters are.
         """
         return LoraAdapter(
-            self.config, {n: t.to(device=device, dtype=dtype) for n, t in self.weights.items()}
+            self.config,
+            {n: t.to(device=device, dtype=dtype, copy=True) for n, t in self.weights.items()},
         )
 
     def clone(self) -> LoraAdapter:

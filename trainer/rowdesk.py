@@ -37,9 +37,9 @@ class RowDesk:
             return ticket, [None] * len(prompts)
         return ticket, [None if places is None else _recorded(places) for places in answer.places]
 
-    def check_in(self, ticket: int, consumed: Sequence[str] = ()) -> None:
-        """Rows of that ticket have been read; votes on the completions `consumed` were trained."""
-        self._socket.send(messages.encode(messages.CheckIn(ticket=ticket, consumed=list(consumed))))
+    def check_in(self, ticket: int) -> None:
+        """Rows of that ticket have been read."""
+        self._socket.send(messages.encode(messages.CheckIn(ticket=ticket)))
 
     def _receive(self, ticket: int) -> messages.CheckedOut | None:
         deadline = time.monotonic() + self._timeout

@@ -192,7 +192,6 @@ class Worker:
         good = _without(request.samples, failed)
         versions = [self._differentiate_at(sample, request.parent) for sample in good]
         ticket, recorded = self._check_out(good, versions)
-        consumed: list[str] = []
         try:
             failed |= self._foreign(good, recorded)
             fit = {id(sample) for sample in _without(good, failed)}
@@ -209,10 +208,9 @@ class Worker:
             groups = [VersionGroup(self._as_served(v), members[v]) for v in members]
             checked_out = time.perf_counter()
             result = self.engine.step_gradients(groups, self.objective)
-            consumed = [sample.completion_id for sample in good]
         finally:
             if ticket is not None and self.desk is not None:
-                self.desk.check_in(ticket, consumed)
+                self.desk.check_in(ticket)
         if not math.isfinite(result.loss):
             bad = {
                 sample.feedback_id: "its log-probabilities are not finite"

@@ -146,3 +146,30 @@ def test_answers_that_nobody_votes_on_make_new_ones_worth_less():
     for record in range(100):
         many.add(str(record), np.array([record]), 0.0, "v1")
     assert many.rates(1e5)[1] < few.rates(1e5)[1] / 5
+
+
+def test_a_vote_that_came_before_its_answer_had_ended_is_one():
+    answers = answers_of(2)
+    answers.voted("c", 1.5)
+    assert answers.num_voted_tokens == 0
+    answers.add("c", np.array([1]), 2.0, "v1")
+    assert answers.num_voted_tokens == answers.num_voted_held == 1
+    assert answers.get("c").waits_since == 2.0
+
+
+def test_an_answer_that_was_trained_is_worth_next_to_nothing_whether_its_vote_was_seen_or_not():
+    answers = answers_of(2)
+    before = values(answers, 5.0)
+    answers.consumed("a", 5.0)
+    after = values(answers, 5.0)
+    assert after["a"] == CONSUMED < before["a"]
+
+
+@pytest.mark.parametrize("chance", [VOTE_CHANCE, TRAINING_CHANCE])
+def test_before_anything_was_seen_it_comes_with_the_chance_that_was_given(chance):
+    """With that chance within a day, half as often within the first second: see the module's constants."""
+    delays = Delays(chance)
+    day = 17
+    hazard = delays.hazards(np.zeros(0))
+    assert 1 - (1 - hazard[:day]).prod() == pytest.approx(chance, rel=1e-4)
+    assert hazard[0] == pytest.approx(chance / 2)

@@ -368,16 +368,6 @@ def test_settings_and_metrics(ledger: Ledger) -> None:
     assert ledger.sum_metric("tokens_reused").result() == 14
 
 
-def test_pending_since_is_the_oldest(tmp_path: Path) -> None:
-    clock = iter(range(1000, 2000))
-    ledger = Ledger(tmp_path / "l.sqlite3", now=lambda: float(next(clock)))
-    assert ledger.pending_since().result() is None
-    ids = add_voted(ledger, 2)
-    oldest = ledger.get_feedback(ids[0]).result().created
-    assert ledger.pending_since().result() == oldest
-    ledger.close()
-
-
 def test_old_completions_without_votes_are_pruned(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(ledger_module, "_PRUNE_EVERY", 10)
     ledger = Ledger(tmp_path / "l.sqlite3", keep_completions=5)

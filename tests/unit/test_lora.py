@@ -111,3 +111,6 @@ def test_served_copy_is_rounded_and_masters_are_not():
     assert served.weights[name].dtype == torch.bfloat16
     assert masters.weights[name].dtype == torch.float32
     assert not torch.equal(served.weights[name].float(), masters.weights[name])
+    alike = masters.as_served(torch.float32).weights[name]
+    masters.weights[name] += 1
+    assert torch.equal(alike + 1, masters.weights[name])

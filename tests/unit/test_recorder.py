@@ -214,3 +214,13 @@ def test_no_more_is_kept_than_the_limit(monkeypatch):
     forward(recorder, world, slots[5:], first=6.0)
     assert not recorder.flush_some(), "what is too much was kept"
     assert [value for value, _ in world.read(found(world, slots))] == list(range(1, 15))
+
+
+def test_nothing_is_held_of_a_prompt_whose_rows_have_ended():
+    world = World(host_rows=0)
+    recorder, slots = recorder_of(world), world.serve(4)
+    forward(recorder, world, slots)
+    world.allocator.free(slots)
+    recorder.flush()
+    assert not recorder._batch.values
+    assert recorder._num_kept_bytes == 0

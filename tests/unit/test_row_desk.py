@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from types import SimpleNamespace
 
 import numpy as np
@@ -44,13 +45,13 @@ def test_a_trainer_gives_back_what_it_took(scheduler):
     assert check_out(scheduler, b"one", 1) is not None
     assert check_out(scheduler, b"one", 2) is not None
     assert readers(scheduler) == [2] * len(PROMPT)
-    scheduler.engine._answer(b"one", messages.CheckIn(ticket=1, consumed=[]))
+    scheduler.engine._answer(b"one", messages.CheckIn(ticket=1))
     assert readers(scheduler) == [1] * len(PROMPT)
     # Twice, or of nobody: nothing happens.
-    scheduler.engine._answer(b"one", messages.CheckIn(ticket=1, consumed=["a", "nobody"]))
-    scheduler.engine._answer(b"one", messages.CheckIn(ticket=7, consumed=[]))
+    scheduler.engine._answer(b"one", messages.CheckIn(ticket=1))
+    scheduler.engine._answer(b"one", messages.CheckIn(ticket=7))
     assert readers(scheduler) == [1] * len(PROMPT)
-    scheduler.engine._answer(b"one", messages.CheckIn(ticket=2, consumed=[]))
+    scheduler.engine._answer(b"one", messages.CheckIn(ticket=2))
     assert readers(scheduler) == []
 
 
@@ -61,9 +62,36 @@ def test_what_a_dead_trainer_held_is_given_back_when_the_next_one_asks(scheduler
     assert check_out(scheduler, b"next", 0) is not None
     assert readers(scheduler) == [1] * len(PROMPT)
     # A message of the dead one that was still on its way.
-    scheduler.engine._answer(b"dead", messages.CheckIn(ticket=1, consumed=[]))
+    scheduler.engine._answer(b"dead", messages.CheckIn(ticket=1))
     assert readers(scheduler) == [1] * len(PROMPT)
     scheduler.pool.check_integrity()
+
+
+def test_rows_of_what_was_trained_are_not_waited_for(scheduler):
+    tell = scheduler.engine._answer
+    tell(b"main", messages.Voted(rid="a"))
+    assert scheduler.pool.answers.get("a").waits_since is not None
+    tell(b"main", messages.Trained(rids=["a", "nobody"]))
+    assert scheduler.pool.answers.get("a").waits_since is None
+
+
+def test_short_prompts_are_not_recorded_nor_any_chunk_of_long_ones_left_out(scheduler):
+    scheduler.engine.config = dataclasses.replace(scheduler.engine.config, record_min_tokens=8)
+    requests = [
+        SimpleNamespace(rid=f"{n}", input_ids=[1] * n, sampling_params=None) for n in (7, 8)
+    ]
+    others = [SimpleNamespace(rid="image", input_ids=None, sampling_params=None), SimpleNamespace()]
+    scheduler.engine._scheduler = None
+    loop = SimpleNamespace(tree_cache=None, idle_sleeper=None, ps=SimpleNamespace(tp_rank=0))
+    scheduler.engine.on_requests(loop, [*requests, *others])
+    chunks = []
+    for rid in ("7", "8", "image"):
+        chunk = scheduler.prefill(4)
+        chunk.batch.rids = [rid]
+        chunks.append(chunk.begin())
+        if chunks[-1]:
+            chunk.compute()
+    assert chunks == [False, True, True]
 
 
 def test_answers_of_versions_that_are_too_old_are_not_recorded_any_more(scheduler):
@@ -92,7 +120,7 @@ def test_when_recording_has_stopped_a_trainer_is_told_that_there_are_no_rows(sch
     check_out(scheduler, b"one", 1)
     scheduler.engine.stop_recording(MemoryError("a test"))
     assert check_out(scheduler, b"one", 2) is None
-    scheduler.engine._answer(b"one", messages.CheckIn(ticket=1, consumed=["a"]))
+    scheduler.engine._answer(b"one", messages.CheckIn(ticket=1))
     stats = scheduler.engine._answer(b"one", messages.AskRows(ticket=3))
     assert b"MemoryError: a test" in stats.stats
 

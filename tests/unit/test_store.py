@@ -13,6 +13,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -69,6 +70,28 @@ def test_a_full_disk_fails_the_vote_and_not_the_ledger(ledger: Ledger) -> None:
     assert vote(ledger, "large")[0].state == "pending"
     assert ledger.get_completion("large").result().prompt_ids == large.prompt_ids
     assert vote(ledger, "before")[1]
+
+
+@pytest.mark.parametrize("then", ["another vote", "another answer"])
+def test_a_vote_given_while_streaming_outlives_a_full_disk(ledger: Ledger, then: str) -> None:
+    ledger.mark_streaming("large")
+    assert vote(ledger, "large")[0].state == "waiting"
+    set_page_limit(ledger, 1)
+    with pytest.raises(LedgerFull):
+        ledger.add_completion(completion("large", prompt_ids=list(range(50_000)))).result()
+    set_page_limit(ledger, 1_000_000)
+    if then == "another vote":
+        assert vote(ledger, "large", user="u")[0].state == "pending"
+    else:
+        ledger.add_completion(completion("small"))
+    num_votes = 2 if then == "another vote" else 1
+    deadline = time.monotonic() + 10
+    while ledger.is_open("large") or ledger.count("pending").result() < num_votes:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert ledger.count("waiting").result() == 0
+    assert len(ledger.get_completion("large").result().prompt_ids) == 50_000
+    assert ledger.num_unsaved_completions == 1
 
 
 def test_one_bad_operation_does_not_take_its_group_down(ledger: Ledger) -> None:

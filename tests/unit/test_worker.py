@@ -11,6 +11,7 @@ from engine_support import VOCAB, random_model
 
 from alchemist.protocol import messages
 from alchemist.protocol.lease import Lease
+from alchemist.protocol.states import TrainerEvent
 from alchemist.protocol.tensors import share
 from alchemist.server.config import Config
 from alchemist.trainer.families import ModelShape
@@ -22,7 +23,8 @@ LIMIT = 24
 
 
 @pytest.fixture
-def worker(tmp_path):
+def start(tmp_path):
+    """Starts a worker on the same versions, as often as it is called; the last one is closed."""
     model = random_model("qwen3", torch.float32, max_position_embeddings=LIMIT)
     model.config.save_pretrained(tmp_path / "model")
     weights = share("weights", fused_from_hf(model))
@@ -36,13 +38,27 @@ def worker(tmp_path):
         lease=lease.segment.handle,
         rows_address=None,
     )
+    workers = []
+
+    def start():
+        if workers:
+            workers.pop().close()
+            lease.advance(TrainerEvent.DIED)
+        workers.append(Worker(welcome, context, os.getppid()))
+        return workers[-1]
+
     with zmq.Context() as context:
-        worker = Worker(welcome, context, os.getppid())
-        yield worker
-        worker.close()
+        yield start
+        for worker in workers:
+            worker.close()
 
 
-def completion(name, prompt_tokens, response_tokens):
+@pytest.fixture
+def worker(start):
+    return start()
+
+
+def completion(name, prompt_tokens, response_tokens, version=0):
     generator = torch.Generator().manual_seed(len(name))
     ids = torch.randint(0, VOCAB, (prompt_tokens + response_tokens,), generator=generator).tolist()
     return messages.TrainSample(
@@ -51,13 +67,16 @@ def completion(name, prompt_tokens, response_tokens):
         label=True,
         prompt_ids=messages.pack_ids(ids[:prompt_tokens]),
         response_ids=messages.pack_ids(ids[prompt_tokens:]),
-        version=0,
+        version=version,
         extra_key=None,
     )
 
 
-def train(worker, *samples):
-    return worker.train(messages.Train(step=1, parent=0, version=1, samples=list(samples)))
+def train(worker, *samples, version=1):
+    request = messages.Train(
+        step=version, parent=version - 1, version=version, samples=list(samples)
+    )
+    return worker.train(request)
 
 
 @pytest.mark.parametrize("response_tokens", [1, 8, LIMIT - 1])
@@ -88,3 +107,18 @@ def test_when_every_completion_is_too_long_no_version_comes_of_it(worker):
         "two": f"{LIMIT + 21} tokens; the model takes {LIMIT}",
     }
     assert not worker.store.exists(1)
+
+
+def test_what_an_older_version_served_is_differentiated_at_what_it_was(start):
+    """Not at what its masters have become since: a trainer that has just read it from disk makes the same of it."""
+    worker = start()
+    for version in (1, 2):
+        assert isinstance(train(worker, completion("a", 8, 8), version=version), messages.StepDone)
+    found = []
+    for trainer in (worker, None):
+        done = train(trainer or start(), completion("old", 8, 8, version=1), version=3)
+        assert done.metrics["num_stale"] == 0
+        found.append((worker.store.load(3, worker.shape).weights, done.metrics["grad_norm"]))
+    (kept, kept_norm), (read, read_norm) = found
+    assert kept_norm == read_norm
+    assert all(torch.equal(kept[name], read[name]) for name in kept)
