@@ -148,6 +148,10 @@ class GpuView(ActivationView):
         self._compare(self._unproven)
         self._unproven.clear()
 
+    def forget(self) -> None:
+        self._ahead.clear()
+        self._unproven.clear()
+
     def _compare(self, pairs: list[tuple[Tensor, Tensor]]) -> None:
         lost = {row for rows, gens in pairs for row in rows[self._gens[rows] != gens].tolist()}
         if lost:

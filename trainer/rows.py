@@ -183,6 +183,9 @@ class ActivationView:
         were read. Here `check` has said so.
         """
 
+    def forget(self) -> None:
+        """An attempt has failed: what was fetched for it is not wanted, and what was checked proves nothing."""
+
     def prefetch(self, layer: int, rows: Tensor) -> None:
         """`rows` of a layer, and then of those below it, will be fetched soon."""
 

@@ -87,6 +87,8 @@ class ReplayEngine:
                     raise
                 # Frames hold what the attempt had.
                 traceback.clear_frames(error.__traceback__)
+                if self.view is not None:
+                    self.view.forget()
             if self.max_tokens == 1:
                 raise MemoryError("there is too little memory to train one completion at a time")
             self.max_tokens //= 2
@@ -327,6 +329,8 @@ class _Step:
             try:
                 return attempt()
             except RowsRevoked as revoked:
+                assert self.engine.view is not None
+                self.engine.view.forget()
                 self.rows_revoked += len(revoked.rows)
                 self._forget(members, set(revoked.rows))
 

@@ -176,7 +176,7 @@ class Worker:
             # It would fail again: its votes must not come back for ever.
             failed = {sample.feedback_id: str(error) for sample in request.samples}
             return messages.StepFailed(step=request.step, reason=str(error), failed=failed)
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, torch.OutOfMemoryError) as error:
             logger.exception("step %d failed", request.step)
             reason = f"{type(error).__name__}: {error}"
             return messages.StepFailed(step=request.step, reason=reason, failed={})

@@ -3,8 +3,8 @@
     s = x + addend          (or s = x)
     n = s / sqrt(mean(s²) + eps) · w
 
-Statistics in float32 (float64 inputs: float64), rounded to the input's dtype before the weight, as
-Llama, Qwen2 and Qwen3 define it. The norm's output is never recorded: it is elementwise, and
+Statistics in float32 (float64 inputs: float64), and rounded to the input's dtype once, after the weight, as SGLang
+serves it (transformers rounds before the weight, too). The norm's output is never recorded: it is elementwise, and
 recomputed. `s` may be recorded.
 
 On a GPU each direction is one Triton kernel. Liger's were not taken: its backward always computes
@@ -93,7 +93,7 @@ class _AddRmsNorm(torch.autograd.Function):
                 torch.add(x[rows], addend[rows], out=summed[rows])
             part = summed[rows]
             rstd[rows] = _reciprocal_std(part, eps)
-            normed[rows] = (part * rstd[rows]).to(part.dtype).mul_(weight)
+            normed[rows] = (part * rstd[rows]).mul_(weight)
         ctx.save_for_backward(summed, rstd, weight)
         return summed, normed
 

@@ -12,4 +12,4 @@ def add_rms_norm(
     summed = x_TD if addend_TD is None else x_TD + addend_TD
     wide = summed.double() if summed.dtype == torch.float64 else summed.float()
     normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
-    return summed, normed.to(summed.dtype) * weight_D
+    return summed, (normed * weight_D).to(summed.dtype)

@@ -127,7 +127,7 @@ def _forward_kernel(
     r = tl.rsqrt(tl.sum(wide * wide, axis=1) / width + eps)
     tl.store(rstd + row, r, mask=row < num_rows)
     w = tl.load(weight + column, mask=column < width, other=0.0)
-    n = (wide * r[:, None]).to(s.dtype).to(tl.float32) * w.to(tl.float32)[None, :]
+    n = wide * r[:, None] * w.to(tl.float32)[None, :]
     tl.store(normed + at, n.to(s.dtype), mask=ok)
 
 

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from hypothesis import settings
 from pool_machine import PoolMachine
 from pool_support import World, as_recorded
 from torch import nn
@@ -30,6 +31,8 @@ class GpuPoolMachine(PoolMachine):
 
 
 TestGpuPool = GpuPoolMachine.TestCase
+# Every step waits for the device several times.
+TestGpuPool.settings = settings(max_examples=10, stateful_step_count=25, deadline=None)
 
 
 @contextmanager
