@@ -77,6 +77,10 @@ class SchedulerHello(_Message, kw_only=True, frozen=True):
     """None when there is no trainer to share with."""
 
 
+STOPPED_BY_TEXT = "stop_text"
+"""Finish reason "stop" of an answer that a stop string or expression ended: its last token is a part of that."""
+
+
 class Finished(_Message, kw_only=True, frozen=True):
     """A request has ended in the scheduler."""
 
@@ -89,6 +93,7 @@ class Finished(_Message, kw_only=True, frozen=True):
     logprobs: bytes
     """float32, one per output token: log p at temperature 1, before penalties."""
     finish_reason: str
+    """As SGLang says, or `STOPPED_BY_TEXT`."""
     prompt_recorded: int
     """Prompt tokens that have a row now."""
 

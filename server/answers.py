@@ -11,6 +11,7 @@ from alchemist.server.appraisal import (
     VOTE_CHANCE,
     Completion,
     Delays,
+    Text,
     worth,
 )
 from alchemist.server.ids import Ids
@@ -63,13 +64,15 @@ class Answers:
                 self._trainings.left(now - completion.waits_since)
             completion.is_stale = is_stale
 
-    def add(self, rid: str, records: Ids, now: float, served_by: str) -> Ids:
+    def add(
+        self, rid: str, records: Ids, now: float, served_by: str, text: Text | None = None
+    ) -> Ids:
         """A request has ended with `records`, −1 where a token has none. Records that nobody wants any more, because
         what is remembered is bounded by what records there are.
         """
         unwanted = [self.drop(rid, now)]
         self.wants[records[records >= 0]] += 1
-        completion = Completion(records, self._gen[records], now, served_by)
+        completion = Completion(records, self._gen[records], now, served_by, text)
         completion.is_stale = not self.is_fresh(served_by)
         self._completions[rid] = completion
         self._num_tokens += records.size

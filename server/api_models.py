@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
+from alchemist.protocol import messages
 from alchemist.server.errors import InvalidRequest
 from alchemist.server.records import Completion, Feedback, Version, Vote
 
@@ -108,7 +109,9 @@ def receipt_object(
         "state": completion.state,
         "model": completion.model,
         "version": _name(completion.version) if completion.state != "streaming" else None,
-        "finish_reason": completion.finish_reason,
+        "finish_reason": "stop"
+        if completion.finish_reason == messages.STOPPED_BY_TEXT
+        else completion.finish_reason,
         "prompt_tokens": len(completion.prompt_ids),
         "response_tokens": len(completion.response_ids),
         "recorded_tokens": num_recorded,

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -32,6 +32,22 @@ CONSUMED = 1e-9
 """Rate of an answer whose vote was trained: another user may vote on it."""
 
 
+class Text(NamedTuple):
+    """Tokens, and in which namespace of the radix tree they were served: of which version."""
+
+    token_ids: np.ndarray
+    """int32."""
+    extra_key: str | None
+
+    def shared(self, other: Text) -> int:
+        """How many of the first tokens have the same activations in both."""
+        if self.extra_key != other.extra_key:
+            return 0
+        length = min(self.token_ids.size, other.token_ids.size)
+        differ = np.flatnonzero(self.token_ids[:length] != other.token_ids[:length])
+        return int(differ[0]) if differ.size else length
+
+
 @dataclass(slots=True)
 class Completion:
     """An answer that may be voted on, and its prompt's records."""
@@ -44,6 +60,8 @@ class Completion:
     """Monotonic seconds."""
     served_by: str = ""
     """Adapter, as SGLang names it; "": the base model."""
+    text: Text | None = None
+    """Of the records: a client may use an id twice."""
     voted: float | None = None
     """When its first vote came."""
     is_consumed: bool = False

@@ -8,6 +8,7 @@ voted on; a vote that comes before the tokens are stored waits for them.
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Callable
 from typing import Any
@@ -16,6 +17,8 @@ from alchemist.protocol import messages
 from alchemist.server.ledger import Ledger
 from alchemist.server.publisher import PROBE_PREFIX, Publisher
 from alchemist.server.records import Completion
+
+logger = logging.getLogger(__name__)
 
 _REPORT_S = 10.0
 _SETTLE_S = 2.0
@@ -43,6 +46,8 @@ class Conversations:
             ValueError: it asks for a version that is not loaded.
         """
         if isinstance(obj.lora_path, list):
+            if not obj.lora_path:
+                raise ValueError("lora_path is []; allowed: one name for each prompt, or none")
             versions = [self._version_of(name) for name in obj.lora_path]
             obj.lora_path = [_adapter(version) for version in versions]
         else:
@@ -87,9 +92,18 @@ class Conversations:
         version, sampling = self._asked.pop(message.rid, (None, {}))
         if message.rid.startswith(PROBE_PREFIX):
             return
-        if version is None:
+        if message.lora_id is None:
+            version = 0
+        else:
+            # Which adapter computed it, the scheduler knows.
             by_lora = {lora_id: v for v, lora_id in self._publisher.loaded.items()}
-            version = by_lora.get(message.lora_id or "", 0)
+            version = by_lora.get(message.lora_id, version)
+        if version is None:
+            logger.error(
+                "completion %s is not kept: its adapter is not loaded any more", message.rid
+            )
+            self._ledger.drop_completion(message.rid, "it is not known which version answered")
+            return
         self._recorded[message.rid] = message.prompt_recorded
         if len(self._recorded) > _NUM_REMEMBERED:
             self._recorded.pop(next(iter(self._recorded)))

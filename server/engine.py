@@ -17,6 +17,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import msgspec
+import numpy as np
 import torch
 import zmq
 
@@ -27,6 +28,7 @@ from alchemist.protocol.lease import Lease
 from alchemist.protocol.shm import TensorHandle
 from alchemist.protocol.streams import copied
 from alchemist.protocol.tensors import Arena, DeviceExport, dtype_name, share
+from alchemist.server.appraisal import Text
 from alchemist.server.harmless import guard, harmless
 from alchemist.server.lender import Lender
 from alchemist.server.machine_memory import auto_host_bytes, free_memory_bytes
@@ -300,7 +302,7 @@ class Engine:
             return
         prompt = list(req.origin_input_ids)
         output = list(req.output_ids_through_stop)
-        reason = req.finished_reason.to_json()["type"] if req.finished_reason else "abort"
+        reason = _finish_reason(req.finished_reason)
         report = partial(
             self._report, req.rid, req.lora_id, req.extra_key, prompt, output, noted, reason
         )
@@ -339,7 +341,8 @@ class Engine:
             index = length - len(prompt)
             if 0 <= index < len(output):
                 logprobs[index] = float(values[i])
-        recorded = 0 if slots is None else self._num_recorded(rid, slots, len(prompt))
+        text = Text(np.array(prompt, np.int32), extra_key)
+        recorded = 0 if slots is None else self._num_recorded(rid, slots, text)
         self._control.send(
             messages.encode(
                 messages.Finished(
@@ -356,8 +359,10 @@ class Engine:
         )
 
     @harmless(0)
-    def _num_recorded(self, rid: str, slots: torch.Tensor, length: int) -> int:
-        return 0 if self.pool is None else self.pool.num_held(rid, slots.long(), length)
+    def _num_recorded(self, rid: str, slots: torch.Tensor, text: Text) -> int:
+        if self.pool is None:
+            return 0
+        return self.pool.num_held(rid, slots.long(), text.token_ids.size, text)
 
     @harmless(None)
     def released(self, req: Any, tree_cache: Any) -> None:
@@ -368,14 +373,15 @@ class Engine:
                 # The last token was sampled and never computed.
                 token_ids += list(req.output_ids_through_stop)[:-1]
             slots = match_slots(tree_cache, token_ids, req.extra_key)
-            of = (req.rid, len(token_ids), time.monotonic(), req.lora_id or "")
+            text = Text(np.array(token_ids, np.int32), req.extra_key)
+            of = (req.rid, text, time.monotonic(), req.lora_id or "")
             self.pool.arrivals.then((slots,), partial(self._release, *of))
 
     def _release(
-        self, rid: str, length: int, now: float, served_by: str, slots: torch.Tensor
+        self, rid: str, text: Text, now: float, served_by: str, slots: torch.Tensor
     ) -> None:
         assert self.pool is not None
-        self.pool.finish(rid, slots, length, now, served_by)
+        self.pool.finish(rid, slots, text.token_ids.size, now, served_by, text)
 
     # The scheduler's loop
 
@@ -550,7 +556,8 @@ class Engine:
         places: list[messages.Places | None] = []
         held = self._tickets.setdefault((peer, message.ticket), [])
         for prompt, own in zip(message.prompts, slots, strict=True):
-            found = self.pool.check_out(prompt.rid, own, len(prompt.token_ids) // 4)
+            text = Text(np.frombuffer(prompt.token_ids, np.int32), prompt.extra_key)
+            found = self.pool.check_out(prompt.rid, own, text.token_ids.size, text)
             held.append(found.ticket)
             places.append(_places(found) if (found.rows >= 0).any() else None)
         return messages.CheckedOut(ticket=message.ticket, places=places)
@@ -570,10 +577,18 @@ def _adapters(batch: Any) -> Sequence[str | None]:
     return found
 
 
+def _finish_reason(reason: Any) -> str:
+    """As `Finished` has it."""
+    said = reason.to_json() if reason else {"type": "abort"}
+    is_by_text = said["type"] == "stop" and isinstance(said.get("matched"), str)
+    return messages.STOPPED_BY_TEXT if is_by_text else str(said["type"])
+
+
 def _is_opted_out(request: Any) -> bool:
     """Whether the front has marked a request as not to be recorded."""
     sampling = getattr(request, "sampling_params", None)
-    return bool((getattr(sampling, "custom_params", None) or {}).get(OPT_OUT))
+    params = getattr(sampling, "custom_params", None)
+    return isinstance(params, dict) and bool(params.get(OPT_OUT))
 
 
 def require_unscaled_kv(runner: Any) -> None:

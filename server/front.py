@@ -105,13 +105,14 @@ class Front:
             return
         if request is not None and not await may_be_recorded(request):
             opt_out(obj)
+        _require_known_tokens(obj, manager.model_config.vocab_size)
         versions = learner.conversations.route(obj)
         rids: set[str] = set()
         try:
             with self._busy(), self._pace(obj) as pace:
                 async for out in original(manager, obj, request):
-                    for index, item in enumerate(out if isinstance(out, list) else [out]):
-                        version = versions[index % len(versions)]
+                    for place, item in enumerate(out if isinstance(out, list) else [out]):
+                        version = _version_of(item.get("index", place), versions, obj)
                         item["meta_info"]["weight_version"] = version
                         learner.conversations.saw(item["meta_info"]["id"], version, obj)
                         rids.add(item["meta_info"]["id"])
@@ -137,7 +138,7 @@ class Front:
     def _pace(self, obj: Any) -> contextlib.AbstractContextManager[Pace | None]:
         if self.pacing is None:
             return contextlib.nullcontext()
-        return self.pacing.watch(is_stream=bool(obj.stream))
+        return self.pacing.watch(is_stream=bool(getattr(obj, "stream", False)))
 
     async def stream(
         self, original: Any, serving: Any, adapted_request: Any, *args: Any
@@ -151,6 +152,21 @@ class Front:
                 )
             else:
                 yield chunk
+
+
+def _version_of(place: int, versions: list[str], obj: Any) -> str:
+    """Of a batch's output `place`: SGLang gives all samples of the first prompt, then those of the second."""
+    each = getattr(obj, "parallel_sample_num", None) or 1
+    return versions[min(place // each, len(versions) - 1)]
+
+
+def _require_known_tokens(obj: Any, vocab_size: int) -> None:
+    """Raises ValueError for a token id that the model does not have: the scheduler would end by it."""
+    ids = getattr(obj, "input_ids", None) or []
+    for prompt in ids if isinstance(ids[0] if ids else None, list) else [ids]:
+        for extreme in (min(prompt), max(prompt)) if prompt else ():
+            if not 0 <= extreme < vocab_size:
+                raise ValueError(f"input_ids has {extreme}; allowed: 0 to {vocab_size - 1}")
 
 
 def _on_failed_child(number: int, frame: FrameType | None) -> NoReturn:

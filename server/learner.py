@@ -172,7 +172,7 @@ class Learner:
                     await self.publisher.load(version, paths[version])
         parents = {v.version: v.parent for v in versions}
         self.publisher.live = await self._restore_live(recovery.live, paths, parents)
-        await self._tell_fresh()
+        await self._went_live(self.publisher.live)
         if recovery.staged is not None and recovery.staged in paths:
             await self._publish(recovery.staged, paths[recovery.staged], self.live)
         logger.info(
@@ -315,14 +315,26 @@ class Learner:
                 crashes, kills = crashes + error.crashed, kills + error.killed
                 if crashes >= _MAX_CRASHES or kills >= _MAX_KILLS:
                     reason = f"the trainer ended {crashes + kills} times on this batch: {error}"
-                    crashes = kills = 0
-                    await self.ledger.fail_feedback({i.feedback_id: reason for i in items})
-                    self._wake.set()
+                    if await self._give_up(items, reason):
+                        crashes = kills = 0
             except Exception as error:
                 # Whatever goes wrong here must not end learning for good, nor touch serving.
                 self.last_error = str(error)
                 logger.exception("a training step did not complete; its votes stay pending")
                 await asyncio.sleep(1.0)
+
+    async def _give_up(self, items: list[TrainingItem], reason: str) -> bool:
+        """Let votes fail that end the trainer; whether that could be written."""
+        try:
+            await self.ledger.fail_feedback({item.feedback_id: reason for item in items})
+        except Exception as error:
+            # A full disk, or one of them was deleted: they are tried again.
+            self.last_error = str(error)
+            logger.exception("votes that end the trainer stay pending")
+            await asyncio.sleep(1.0)
+            return False
+        self._wake.set()
+        return True
 
     async def _train(self, items: list[TrainingItem]) -> None:
         version, step, parent = self._next_version, self.step + 1, self.live
@@ -360,7 +372,14 @@ class Learner:
             self.tokens_recomputed += answer.tokens_recomputed
             self.last_error = None
             published = time.monotonic()
-            proven = await self._publish(version, answer.path, parent)
+            try:
+                proven = await self._publish(version, answer.path, parent)
+            except Exception as error:
+                if self.live != version:
+                    # What it learned is in nothing that serves.
+                    reason = repr(error)
+                    await self.ledger.set_version_state(version, "failed", reason, requeue=True)
+                raise
             metrics["publish_s"] = time.monotonic() - published
             if proven is not None:
                 metrics["publish_load_s"], metrics["publish_probe_s"] = proven[1:]
@@ -396,10 +415,10 @@ class Learner:
             proven = await self.publisher.load(version, path)
         except PublishRefused as error:
             self.last_error = str(error)
-            logger.error("%s; v%d stays live and training pauses", error, self.live)
+            logger.error("%s; v%d stays live", error, self.live)
             # Its votes are pending again: nobody was served by what they made. Training waits for a person.
             await self.ledger.set_version_state(version, "failed", str(error), requeue=True)
-            self.paused = True
+            self.paused = self.paused or not error.is_busy
             return None
         await self.ledger.set_version_state(version, "live", None)
         await self._went_live(version)

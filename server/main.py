@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import logging
 import os
 import signal
@@ -189,6 +190,8 @@ def _check(config: Config, server_args: Any) -> None:
     Raises:
         LaunchError: says what and what is allowed.
     """
+    from sglang.srt.environ import envs
+
     from alchemist.server.routes import require_safe_bind
 
     try:
@@ -204,6 +207,17 @@ def _check(config: Config, server_args: Any) -> None:
         if getattr(server_args, name) != wanted:
             flag = name.replace("_", "-")
             raise LaunchError(f"--{flag} is {getattr(server_args, name)}; allowed: {wanted}")
+    for what, is_asked in (
+        ("--grpc-port", server_args.grpc_port is not None),
+        ("--grpc-mode", server_args.grpc_mode),
+        ("--smg-grpc-mode", server_args.smg_grpc_mode),
+        ("--enable-http2", server_args.enable_http2),
+        ("SGLANG_RUST_SERVER", envs.SGLANG_RUST_SERVER.get()),
+    ):
+        if is_asked:
+            raise LaunchError(
+                f"{what} is set; allowed: HTTP/1.1 alone, which is where keys are checked and feedback is taken"
+            )
     if server_args.max_lora_rank < config.lora_rank:
         raise LaunchError(
             f"--lora-rank is {config.lora_rank}; allowed: up to --max-lora-rank {server_args.max_lora_rank}"
@@ -295,10 +309,9 @@ def _make_run_directory() -> str:
     base = Path(tempfile.gettempdir())
     for old in base.glob(f"{_PREFIX}[0-9]*-*"):
         pid = old.name.removeprefix(_PREFIX).split("-")[0]
-        if pid.isdigit() and not psutil.pid_exists(int(pid)) and old.owner() == _user():
-            processes.remove_run(old)
+        # Ours is not made yet: in a container the one before may have had our number.
+        is_dead = pid.isdigit() and (int(pid) == os.getpid() or not psutil.pid_exists(int(pid)))
+        with contextlib.suppress(OSError):
+            if is_dead and old.stat().st_uid == os.getuid():
+                processes.remove_run(old)
     return tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-")
-
-
-def _user() -> str:
-    return psutil.Process().username()

@@ -72,7 +72,10 @@ def is_embedded(sglang_argv: Sequence[str], sglang_mapping: Mapping[str, Any]) -
     """Whether nobody has named a model, so that the embedded one is served."""
     names = {word.partition("=")[0] for word in sglang_argv}
     names |= {"--" + str(key).replace("_", "-") for key in sglang_mapping}
-    return not names & {"--model-path", "--model"}
+    # Of the longer one any beginning will do.
+    return not any(
+        "--model-path".startswith(name) and len(name) >= len("--model") for name in names
+    )
 
 
 _OPTIONS = {option_name(f.name): f.name for f in fields(Config)} | {"--config": "config"}

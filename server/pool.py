@@ -41,6 +41,7 @@ from alchemist.protocol.rows import ROW, RowEvent, RowState
 from alchemist.protocol.shm import TensorHandle
 from alchemist.protocol.tensors import Arena
 from alchemist.server.answers import Answers
+from alchemist.server.appraisal import Text
 from alchemist.server.arrivals import Arrivals
 from alchemist.server.gpu_tier import MAX_COPIES, GpuTier
 from alchemist.server.ids import Ids, IdStack
@@ -611,7 +612,13 @@ class ActivationPool:
 
     @caught_up
     def finish(
-        self, rid: str, slots: torch.Tensor, length: int, now: float, served_by: str = ""
+        self,
+        rid: str,
+        slots: torch.Tensor,
+        length: int,
+        now: float,
+        served_by: str = "",
+        text: Text | None = None,
     ) -> None:
         """A request has ended. It may be voted on from now on.
 
@@ -620,10 +627,11 @@ class ActivationPool:
             length: of the prompt.
             now: monotonic seconds, here and below.
             served_by: adapter; "": the base model.
+            text: what has been served: rows are found by the id for as much of it as is asked for; None: for any.
         """
         records = np.full(length, -1)
         records[: slots.numel()] = self.record_of_slot[slots.numpy()]
-        self._unwanted(self.answers.add(rid, records, now, served_by))
+        self._unwanted(self.answers.add(rid, records, now, served_by, text))
 
     def voted(self, rid: str, now: float) -> None:
         """A vote on the completion has come: its rows will be read soon."""
@@ -664,20 +672,23 @@ class ActivationPool:
     # Reading
 
     @caught_up
-    def num_held(self, rid: str, slots: torch.Tensor, length: int) -> int:
+    def num_held(self, rid: str, slots: torch.Tensor, length: int, text: Text | None = None) -> int:
         """How many of a prompt's tokens have a row now; `slots`: of its cached prefix."""
-        return int((self._find(rid, slots, length) >= 0).sum())
+        return int((self._find(rid, slots, length, text) >= 0).sum())
 
     @caught_up
-    def check_out(self, rid: str, slots: torch.Tensor, length: int) -> CheckedOut:
+    def check_out(
+        self, rid: str, slots: torch.Tensor, length: int, text: Text | None = None
+    ) -> CheckedOut:
         """Where the tokens of a completion's prompt are recorded: by the KV cache, else as the completion left them.
         They are not taken for newer rows until `check_in`; serving may still take their slots.
 
         Args:
             slots: of the prompt's prefix that is in the KV cache now.
             length: of the prompt.
+            text: the prompt, see `finish`.
         """
-        records = self._find(rid, slots, length)
+        records = self._find(rid, slots, length, text)
         held = records[records >= 0]
         self._refs[held] += 1
         if self._eviction == "lru":
@@ -702,13 +713,15 @@ class ActivationPool:
         records, gens = ticket
         self._refs[records[self._gen[records] == gens]] -= 1
 
-    def _find(self, rid: str, slots: torch.Tensor, length: int) -> Ids:
+    def _find(self, rid: str, slots: torch.Tensor, length: int, text: Text | None) -> Ids:
         records = np.full(length, -1)
         found = self.record_of_slot[slots.numpy()[:length]]
         records[: found.size] = found
         completion = self.answers.get(rid)
         if completion is not None:
             # It may have been recorded without the answer that is asked for, or with one that is not.
+            if text is not None and completion.text is not None:
+                length = min(length, completion.text.shared(text))
             own = np.where(completion.is_alive(self._gen), completion.records, -1)[:length]
             head = records[: own.size]
             records[: own.size] = np.where(head >= 0, head, own)

@@ -21,7 +21,15 @@ PROBE_PREFIX = "alchemist-probe-"
 
 
 class PublishRefused(Unavailable):
-    """The engine does not compute with this version what the trainer does."""
+    """The engine does not compute with this version what the trainer does.
+
+    Attributes:
+        is_busy: it could not be asked, and may be later.
+    """
+
+    def __init__(self, message: str, *, is_busy: bool = False) -> None:
+        super().__init__(message)
+        self.is_busy = is_busy
 
 
 class Proven(NamedTuple):
@@ -71,9 +79,12 @@ class Publisher:
         loaded = time.monotonic()
         try:
             difference = await self.probe(name, proof)
-        except ValueError as error:
+        except Exception as error:
+            # Also what SGLang answers a client whose request it cannot take now.
             await self._unload(name)
-            raise PublishRefused(f"version {name}: its probe cannot be run: {error}") from None
+            is_busy = getattr(error, "status_code", None) == 503
+            reason = f"version {name}: its probe cannot be run: {error}"
+            raise PublishRefused(reason, is_busy=is_busy) from error
         if not difference <= self._tolerance:
             await self._unload(name)
             raise PublishRefused(

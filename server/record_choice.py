@@ -31,7 +31,10 @@ def opt_out(obj: Any) -> None:
         obj.sampling_params if isinstance(obj.sampling_params, list) else [obj.sampling_params]
     )
     for params in several:
-        params["custom_params"] = {**(params.get("custom_params") or {}), OPT_OUT: True}
+        custom = params.get("custom_params") or {}
+        if not isinstance(custom, dict):
+            raise ValueError(f"custom_params is {_shown(custom)}; allowed: an object")
+        params["custom_params"] = {**custom, OPT_OUT: True}
 
 
 async def _body(request: Request) -> Any:

@@ -93,7 +93,7 @@ ROUTES: dict[str, RouteClass] = {
 }
 """Path template, as the app has it → class."""
 
-_OURS = ("/v1/feedback", "/v1/training", "/v1/versions")
+_OURS = ("/v1/feedback", "/v1/training", "/v1/versions", "/v1/completions/")
 
 
 class Leaf(NamedTuple):
@@ -231,12 +231,18 @@ def _is_loopback(host: str) -> bool:
 def _judge_origin(scope: Scope, headers: Headers) -> UserError | None:
     # Without a key any web page could vote through its visitor's browser: SGLang allows every origin.
     origin = headers.get("origin")
-    if origin is None or scope.get("method") in ("GET", "HEAD"):
+    if origin is None:
         return None
-    parts = urlsplit(origin)
-    if parts.netloc == headers.get("host") or _is_loopback(parts.hostname or ""):
+    try:
+        parts = urlsplit(origin)
+        is_ours = parts.netloc == headers.get("host") or _is_loopback(parts.hostname or "")
+    except ValueError:
+        is_ours = False
+    if is_ours:
         return None
-    return Forbidden(f"origin {origin} may not change anything here without an API key")
+    return Forbidden(
+        f"origin {origin} may neither read nor change anything here without an API key"
+    )
 
 
 def _route_path(scope: Scope) -> str:

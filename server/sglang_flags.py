@@ -18,7 +18,7 @@ class UsageError(ValueError):
 
 
 def check(argv: list[str], mapping: dict[str, Any], our_options: list[str]) -> list[str]:
-    """`mapping` (flag names to YAML values) as words, then `argv`; together they parse as SGLang's.
+    """`mapping` (flag names to YAML values) as words, then `argv`, flags in full; together they parse as SGLang's.
 
     A flag of `mapping` that `argv` sets as well is left out. Nothing is added: SGLang's defaults,
     and its one required flag `--model-path`, are the caller's business.
@@ -29,14 +29,17 @@ def check(argv: list[str], mapping: dict[str, Any], our_options: list[str]) -> l
     parser = _parser()
     actions = parser._option_string_actions
     on_command_line = set()
+    full: list[str] = []
     for word in argv:
-        option = word.partition("=")[0]
+        option, equals, value = word.partition("=")
         if option.startswith("--"):
             # `--tp 2` is how everybody writes `--tp-size 2`: argparse takes a prefix of one flag.
             meant = [option] if option in actions else [a for a in actions if a.startswith(option)]
             if len(meant) != 1:
                 raise UsageError(unknown("flag", option, [*our_options, *actions]))
             on_command_line.add(actions[meant[0]].dest)
+            word = meant[0] + equals + value
+        full.append(word)
     words: list[str] = []
     for key, value in mapping.items():
         option = "--" + str(key).replace("_", "-")
@@ -44,8 +47,8 @@ def check(argv: list[str], mapping: dict[str, Any], our_options: list[str]) -> l
             raise UsageError(unknown("key under sglang:", str(key), [a[2:] for a in actions]))
         if actions[option].dest not in on_command_line:
             words += _to_words(option, value, actions[option])
-    parser.parse_args(words + argv)
-    return words + argv
+    parser.parse_args(words + full)
+    return words + full
 
 
 def help_text() -> str:

@@ -65,15 +65,22 @@ class TrainerProcess:
         loop = asyncio.get_running_loop()
         while not self._stopping:
             started = loop.time()
-            self._process = await asyncio.create_subprocess_exec(
-                sys.executable,
-                "-m",
-                "alchemist.trainer",
-                self._address,
-                str(os.getpid()),
-                self._lease_policy,
-                stdin=asyncio.subprocess.DEVNULL,
-            )
+            try:
+                self._process = await asyncio.create_subprocess_exec(
+                    sys.executable,
+                    "-m",
+                    "alchemist.trainer",
+                    self._address,
+                    str(os.getpid()),
+                    self._lease_policy,
+                    stdin=asyncio.subprocess.DEVNULL,
+                )
+            except OSError as error:
+                # No memory, no process numbers, or no file descriptors left.
+                logger.error("the trainer cannot be started: %s", error)
+                await asyncio.sleep(_BACKOFF_S[min(failures, len(_BACKOFF_S) - 1)])
+                failures += 1
+                continue
             code = await self._process.wait()
             if self._stopping:
                 return

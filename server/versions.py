@@ -22,6 +22,7 @@ _VERSION_MOVES: dict[str, tuple[str, ...]] = {
     "failed": ("staged", "retired"),
 }
 
+_SKIPPED = "a later version was trained from it before it went live"
 _UNFINISHED = "the answer never finished: the server stopped while it was streaming"
 
 
@@ -169,10 +170,10 @@ class VersionTables:
     def recover(self) -> Answer[Recovery]:
         """Settles what the last run left open; call once, before serving.
 
-        Votes that wait for an answer which never finished fail. Of the staged versions the newest whose
-        directory is there stays staged, to be published; it contains the training of the older ones,
-        which are retired. A live version whose directory is gone fails, and the newest one that can be
-        served takes its place, v0 at worst.
+        Votes that wait for an answer which never finished fail. Of the staged versions the newest whose directory is
+        there, and that was trained from the live one, stays staged, to be published; those in between, which it
+        contains, are retired, and others fail, their votes pending again. A live version whose directory is gone
+        fails, and the newest one that can be served takes its place, v0 at worst.
         """
 
         def operation(db: sqlite3.Connection) -> Recovery:
@@ -187,14 +188,31 @@ class VersionTables:
                     state = "failed" if v.state in ("live", "staged") else v.state
                     _set(db, v.version, state, "its directory is gone")
                     db.execute("UPDATE versions SET path = NULL WHERE version = ?", (v.version,))
+            parents = {v.version: v.parent for v in newest_first}
+            was_live = next((v.version for v in newest_first if v.state == "live"), 0)
             states = {v.version: v.state for v in newest_first if v.version in there}
             live = next((n for n, state in states.items() if state == "live"), None)
             if live is None:
                 live = next((n for n, state in states.items() if state == "retired"), 0)
                 _set(db, live, "live", "the live version's directory was gone")
             staged = [n for n, state in states.items() if state == "staged"]
-            for number in staged[1:]:
-                _set(db, number, "retired", f"v{staged[0]} was trained from it before it went live")
+            skipped = {v.version for v in newest_first if v.reason == _SKIPPED} | {*staged}
+            line: list[int] = []
+            for newest in staged:
+                line = [newest]
+                while (parent := parents[line[-1]]) in skipped:
+                    line.append(parent)
+                if parent == was_live:
+                    break
+                line = []
+            for number in staged:
+                if number in line[1:]:
+                    _set(db, number, "retired", _SKIPPED)
+                elif number not in line:
+                    # What is live was not made by it, and need not contain its votes.
+                    reason = f"it was not trained from v{was_live}, which is live"
+                    _set(db, number, "failed", reason)
+                    votes.requeue(db, number, self._now())
             directories = [
                 v.path
                 for v in newest_first
@@ -202,7 +220,7 @@ class VersionTables:
             ]
             return Recovery(
                 live=live,
-                staged=staged[0] if staged else None,
+                staged=line[0] if line else None,
                 directories=directories,
                 num_failed_feedback=num_failed,
             )

@@ -138,7 +138,7 @@ def naive_step(
                 kl_of.append(ratio)
             adapted.unload()
     kl = torch.stack(kl_of).mean().clamp(min=0)
-    if objective.name != "kto" or objective.reference == "served":
+    if objective.name != "kto" or objective.reference == "served" or len(samples) == 1:
         kl = torch.zeros(())
     values: list[Tensor] = []
     base: list[Tensor] = []

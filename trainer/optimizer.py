@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -94,8 +95,12 @@ class Optimizer:
         """Take over a saved state.
 
         Raises:
-            ValueError: a tensor belongs to no master or has another shape.
+            ValueError: another kind of optimizer wrote it, or a tensor belongs to no master or has another shape.
         """
+        with safe_open(path, "pt") as file:
+            kind = (file.metadata() or {}).get("optimizer")
+        if kind != self.config.name:
+            raise ValueError(f"{path} is of optimizer {kind}, not {self.config.name}")
         state: dict[Tensor, dict[str, Tensor]] = {}
         for full_name, value in load_file(path).items():
             field, name = full_name.split("/", 1)

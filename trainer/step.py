@@ -37,9 +37,22 @@ __all__ = [
     "ReplayEngine",
     "Sample",
     "SampleResult",
+    "SampleTooLarge",
     "StepGradients",
     "VersionGroup",
 ]
+
+
+class SampleTooLarge(MemoryError):
+    """Memory does not suffice for a micro-batch that cannot be split.
+
+    Attributes:
+        samples: its members, counted through all version groups; empty: it is not known which.
+    """
+
+    def __init__(self, samples: list[int]) -> None:
+        super().__init__("there is too little memory to train this completion by itself")
+        self.samples = samples
 
 
 class ReplayEngine:
@@ -77,11 +90,13 @@ class ReplayEngine:
         counted. Where memory does not suffice, this step and those after it are split further.
 
         Raises:
-            MemoryError: there is too little for one sample at a time.
+            SampleTooLarge: there is too little for one sample (or pair) by itself; later steps are split as before.
         """
+        before = self.max_tokens
         while True:
+            step = _Step(self, groups, objective)
             try:
-                return _Step(self, groups, objective).run()
+                return step.run()
             except (RuntimeError, MemoryError) as error:
                 if not _is_of_memory(error):
                     raise
@@ -90,7 +105,8 @@ class ReplayEngine:
                 if self.view is not None:
                     self.view.forget()
             if self.max_tokens == 1:
-                raise MemoryError("there is too little memory to train one completion at a time")
+                self.max_tokens = before
+                raise SampleTooLarge(step.running)
             self.max_tokens //= 2
             logger.warning("out of memory: steps are split at %d tokens now", self.max_tokens)
             if self._device.type == "cuda":
@@ -212,6 +228,8 @@ class _Step:
         self.loss = StepLoss(objective, self.samples)
         self.tokens_reused = self.tokens_recomputed = self.tokens_reference = 0
         self.rows_revoked = 0
+        self.running: list[int] = []
+        """Members of the micro-batch that is differentiated."""
 
     def run(self) -> StepGradients:
         used = [i for i, s in enumerate(self.samples) if s.label or self.objective.name != "sft"]
@@ -234,6 +252,7 @@ class _Step:
         is_coupled = self.loss.is_coupled([members for _, members in batches])
         known = self._losses_first(batches, reference) if is_coupled else {}
         for group, members in batches:
+            self.running = members
             kl = self._micro_batch(group, members, together, reference, reference_kl, kl, known)
         return self._result(kl or 0.0)
 
@@ -255,9 +274,11 @@ class _Step:
 
     def _mismatched_pairs(self) -> dict[int, Pair]:
         """By sample: its prompt with the completion before it, where the log-ratio is not zero by
-        construction.
+        construction. None for a single sample: with its own completion the estimate would be its reward (TRL
+        refuses such a batch).
         """
-        if self.objective.name != "kto" or self.objective.reference != "base":
+        is_estimated = self.objective.name == "kto" and self.objective.reference == "base"
+        if not is_estimated or len(self.samples) == 1:
             return {}
         zero = [adapter.is_zero for adapter in self.adapters]
         source = rotate_completions(len(self.samples))

@@ -30,6 +30,7 @@ class VersionStore:
         root.mkdir(mode=0o700, parents=True, exist_ok=True)
         self.root = root
         self._base_model = base_model
+        self._parents: dict[int, int | None] = {}
         for left in root.glob(".tmp-*"):
             shutil.rmtree(left, ignore_errors=True)
 
@@ -38,6 +39,17 @@ class VersionStore:
 
     def exists(self, version: int) -> bool:
         return (self.path(version) / manifest.FILE).is_file()
+
+    def parent(self, version: int) -> int | None:
+        """What a version that exists was trained from; None: of v0.
+
+        Raises:
+            OSError, ValueError: its manifest cannot be read.
+        """
+        if version not in self._parents:
+            data = (self.path(version) / manifest.FILE).read_bytes()
+            self._parents[version] = manifest.decode(data).parent
+        return self._parents[version]
 
     def load(self, version: int, shape: ModelShape) -> LoraAdapter:
         """Masters of a version.
@@ -69,6 +81,7 @@ class VersionStore:
             OSError: it cannot be written, as when the disk is full; nothing is left of the attempt.
         """
         final = self.path(proof.version)
+        self._parents.pop(proof.version, None)
         temporary = self.root / f".tmp-v{proof.version}-{os.getpid()}"
         shutil.rmtree(temporary, ignore_errors=True)
         try:

@@ -30,7 +30,7 @@ from alchemist.trainer.lora import LoraAdapter, LoraConfig
 from alchemist.trainer.optimizer import Optimizer, OptimizerConfig
 from alchemist.trainer.rowdesk import RowDesk
 from alchemist.trainer.rows import ActivationView, Recorded
-from alchemist.trainer.step import Objective, ReplayEngine, Sample, VersionGroup
+from alchemist.trainer.step import Objective, ReplayEngine, Sample, SampleTooLarge, VersionGroup
 from alchemist.trainer.user_loss import UserLossError
 from alchemist.trainer.versions import VersionStore
 from alchemist.trainer.weights import BaseWeights
@@ -208,6 +208,12 @@ class Worker:
             groups = [VersionGroup(self._as_served(v), members[v]) for v in members]
             checked_out = time.perf_counter()
             result = self.engine.step_gradients(groups, self.objective)
+        except SampleTooLarge as error:
+            if not error.samples:
+                raise
+            failed |= {good[i].feedback_id: str(error) for i in error.samples}
+            _without(good, failed)
+            return messages.StepFailed(step=request.step, reason=str(error), failed=failed)
         finally:
             if ticket is not None and self.desk is not None:
                 self.desk.check_in(ticket)
@@ -289,9 +295,17 @@ class Worker:
         return adapter
 
     def _differentiate_at(self, sample: messages.TrainSample, parent: int) -> int:
-        """The version whose weights the sample's gradient is taken at: its own, unless too old or gone."""
-        is_near = 0 <= parent - sample.version <= self.settings.max_staleness
-        return sample.version if is_near and self.store.exists(sample.version) else parent
+        """The version whose weights the sample's gradient is taken at: its own, if `parent` is that or was trained from
+        it in no more than --max-staleness steps; not if it is too old, gone, or was rolled back.
+        """
+        version: int | None = parent
+        for _ in range(self.settings.max_staleness + 1):
+            if version is None or not self.store.exists(version):
+                break
+            if version == sample.version:
+                return version
+            version = self.store.parent(version)
+        return parent
 
     def _unfit(self, samples: Sequence[messages.TrainSample]) -> dict[str, str]:
         """Samples that cannot be trained: feedback id → why."""

@@ -168,11 +168,20 @@ def test_bad_files_are_named(text, named, tmp_path: Path, capsys) -> None:
     assert named in usage_error(capsys, ["--config", str(file)])
 
 
-def test_sglang_flags_pass_through_as_they_came() -> None:
+def test_sglang_flags_pass_through_in_full() -> None:
+    """What is added where nothing is said asks for the full names."""
     argv = ["--port", "3", "--beta", "0.5", "--disable-radix-cache", "--model-path=m", "--tp", "1"]
     config, rest = parse(argv, {})
     assert config.beta == 0.5
-    assert rest == ["--port", "3", "--disable-radix-cache", "--model-path=m", "--tp", "1"]
+    assert rest == ["--port", "3", "--disable-radix-cache", "--model-path=m", "--tp-size", "1"]
+    _, rest = parse(["--mem-fraction", "0.3", "--model-p=m", "--max-running", "64"], {})
+    assert rest == [
+        "--mem-fraction-static",
+        "0.3",
+        "--model-path=m",
+        "--max-running-requests",
+        "64",
+    ]
 
 
 def test_sglang_mapping_of_the_file_comes_first_and_loses(tmp_path: Path) -> None:

@@ -346,6 +346,24 @@ def test_recovery_of_versions(tmp_path: Path) -> None:
     second.close()
 
 
+def test_recovery_publishes_nothing_that_was_not_trained_from_what_is_live(tmp_path: Path) -> None:
+    """A version whose publishing failed, and a later one made from the same parent that is live."""
+    first = Ledger(tmp_path / "data" / "ledger.sqlite3")
+    ids = add_voted(first, 3)
+    commit(first, 1, [ids[0]])
+    first.set_version_state(1, "live").result()
+    commit(first, 2, [ids[1]])
+    commit(first, 3, [ids[2]], parent=1)
+    first.set_version_state(3, "live").result()
+    first.close()
+    second = Ledger(tmp_path / "data" / "ledger.sqlite3")
+    found = second.recover().result()
+    assert (found.live, found.staged) == (3, None)
+    assert second.get_version(2).result().state == "failed"
+    assert [second.get_feedback(i).result().state for i in ids] == ["trained", "pending", "trained"]
+    second.close()
+
+
 def test_a_moved_data_directory_keeps_its_versions(tmp_path: Path) -> None:
     first = Ledger(tmp_path / "a" / "ledger.sqlite3")
     commit(first, 1, add_voted(first, 1))

@@ -72,6 +72,8 @@ def test_foreign_state_is_refused(tmp_path):
     optimizer.save(tmp_path / "state")
     with pytest.raises(ValueError, match=r"a\.weight"):
         Optimizer({"c.weight": torch.zeros(4, 3)}, OptimizerConfig()).load(tmp_path / "state")
+    with pytest.raises(ValueError, match="of optimizer adamw, not sgd"):
+        Optimizer(masters(), OptimizerConfig(name="sgd")).load(tmp_path / "state")
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

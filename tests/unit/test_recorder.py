@@ -1,9 +1,11 @@
 """What a forward pass leaves is copied later: into the rows that still are what they were, and nowhere else."""
 
+import numpy as np
 import pytest
 import torch
 from pool_support import SIZE, World, as_recorded, bare_model
 
+from alchemist.server.appraisal import Text
 from alchemist.server.recorder import Recorder
 
 
@@ -25,6 +27,13 @@ def forward(recorder, world, slots, which=None, *, is_decode=False, first=1.0):
 def found(world, slots):
     world.pool.finish("a", slots, slots.numel(), 0.0)
     return as_recorded(world.pool.check_out("a", slots, slots.numel()))
+
+
+ANSWERED = [7, 8, 9, 10]
+
+
+def text_of(token_ids, extra_key):
+    return Text(np.array(token_ids, np.int32), extra_key)
 
 
 @pytest.mark.parametrize("host_rows", [0, 20])
@@ -224,3 +233,26 @@ def test_nothing_is_held_of_a_prompt_whose_rows_have_ended():
     recorder.flush()
     assert not recorder._batch.values
     assert recorder._num_kept_bytes == 0
+
+
+@pytest.mark.parametrize(
+    ("other", "num_left"),
+    [
+        ((ANSWERED, "v1"), 4),
+        (([7, 8, 9], "v1"), 3),
+        (([*ANSWERED, 11], "v1"), 4),
+        (([7, 8, 3, 10], "v1"), 2),
+        (([1, 8, 9, 10], "v1"), 0),
+        ((ANSWERED, "v2"), 0),
+    ],
+)
+def test_rows_under_an_id_that_is_used_again_are_of_its_own_text_only(other, num_left):
+    world = World(host_rows=0)
+    recorder, slots = recorder_of(world), world.serve(4)
+    forward(recorder, world, slots)
+    recorder.flush()
+    world.pool.finish("a", slots, 4, 0.0, "v1", text_of(ANSWERED, "v1"))
+    asked = text_of(*other)
+    found = world.pool.check_out("a", slots[:0], asked.token_ids.size, asked)
+    assert (found.rows >= 0).sum() == num_left
+    assert (found.rows[:num_left] >= 0).all()

@@ -141,6 +141,18 @@ def test_the_kl_estimate_of_the_tests_is_not_clamped(model):
     assert engine.step_gradients(groups_of(model, recorder, engine.shape), KTO).kl > 0.1
 
 
+def test_a_completion_alone_has_no_kl_estimate(model):
+    """With its own answer under its own prompt the estimate would be its reward."""
+    engine = engine_of(model)
+    adapter = random_adapter(engine.shape, torch.float64, 2)
+    (sample,) = make_samples(1)
+    result = engine.gradients([sample], adapter, KTO)
+    assert result.samples[0].reward != 0
+    assert result.kl == 0
+    naive = naive_step(model, [VersionGroup(adapter, [sample])], KTO)
+    assert relative_error(result.grads, naive[1]) < 1e-10
+
+
 def test_rows_of_one_version_under_anothers_adapter_would_be_seen(model):
     engine = engine_of(model)
     recorder = Recorder(engine.shape, torch.float64)

@@ -145,8 +145,10 @@ def test_a_closed_ledger_says_so(ledger: Ledger) -> None:
 
 async def test_awaiting_and_cancelling(ledger: Ledger) -> None:
     ledger.add_completion(completion())
-    hold = threading.Event()
-    ledger._store.write(lambda db: hold.wait(10))
+    begun, hold = threading.Event(), threading.Event()
+    ledger._store.write(lambda db: begun.set() or hold.wait(10))
+    # What is written in one transaction with it can no longer be cancelled.
+    assert await asyncio.to_thread(begun.wait, 10)
     task = asyncio.ensure_future(_await(ledger.put_feedback(Vote(completion_id="c1", rating=1))))
     await asyncio.sleep(0)
     task.cancel()

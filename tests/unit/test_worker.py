@@ -122,3 +122,14 @@ def test_what_an_older_version_served_is_differentiated_at_what_it_was(start):
     (kept, kept_norm), (read, read_norm) = found
     assert kept_norm == read_norm
     assert all(torch.equal(kept[name], read[name]) for name in kept)
+
+
+def test_what_was_rolled_back_is_differentiated_at_what_is_trained(worker):
+    for version in (1, 2):
+        train(worker, completion("a", 8, 8), version=version)
+    num_stale = []
+    for version in (1, 2):
+        sample = completion("old", 8, 8, version=version)
+        request = messages.Train(step=3, parent=1, version=3, samples=[sample])
+        num_stale.append(worker.train(request).metrics["num_stale"])
+    assert num_stale == [0, 1]
