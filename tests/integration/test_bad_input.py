@@ -128,6 +128,7 @@ def launches(home, full_disk, taken_port, running):
         "smoothing": ["--objective", "dpo", "--label-smoothing", 0.5],
         "modules": ["--target-modules", "q_proj,nose"],
         "no key": ["--host", "0.0.0.0"],
+        "grpc": ["--grpc-port", free_port()],
         "config file": ["--config", home / "none.yaml"],
     }
     for number, args in enumerate(cases.values()):
@@ -182,6 +183,7 @@ SAID = {
     "loss function": r"--objective json:no_such_loss: .*no_such_loss",
     "smoothing": r"--label-smoothing is 0.5; allowed: 0 or more and below 0.5",
     "modules": r"--target-modules is .*nose.*; allowed: all-linear or some of q_proj",
+    "grpc": r"--grpc-port is set; allowed: HTTP/1.1 alone",
     "no key": r"--host 0.0.0.0 is reachable from other machines; allowed without --api-key: 127.0.0.1",
     "config file": r"--config .*none.yaml: .*No such file",
 }
@@ -332,6 +334,30 @@ def test_what_is_not_there_answers_404(running, path):
 def test_promoting_what_is_not_there_answers_404(running):
     for version in ("v999", "nothing"):
         refused(running.http.post(f"/v1/versions/{version}/promote"), 404, version)
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status"),
+    [
+        ("/v1/completions", {"model": "base", "prompt": [99999999], "max_tokens": 1}, 400),
+        ("/generate", {"input_ids": [[5, 6], [-1]]}, 400),
+        ("/generate", {"text": "hi", "lora_path": []}, 400),
+        ("/generate", {"text": "hi", "sampling_params": {"custom_params": "x"}}, 200),
+        (
+            "/generate",
+            {
+                "text": "hi",
+                "sampling_params": {"custom_params": "x"},
+                "alchemist": {"record": False},
+            },
+            400,
+        ),
+    ],
+)
+def test_no_request_ends_the_server(running, path, body, status):
+    response = running.http.post(path, json=body)
+    assert response.status_code == status, response.text
+    assert running.chat("hello")["choices"]
 
 
 def test_a_version_nobody_has_is_refused(running):

@@ -153,6 +153,33 @@ def test_receipt_has_the_tokens_and_logprobs_that_were_served(server):
     assert receipt["recorded_tokens"] == receipt["prompt_tokens"]
 
 
+@pytest.mark.parametrize("is_stream", [False, True])
+def test_every_answer_of_a_batch_is_of_the_version_it_asked_for(server, is_stream):
+    if server.training()["live_version"] == "v0":
+        train_a_version(server)
+    live = server.training()["live_version"]
+    # Two samples of each of two prompts: SGLang answers with those of the first one first.
+    body = {
+        "text": ["What is 2 + 3?", "Hello!"],
+        "lora_path": ["base", live],
+        "sampling_params": {"max_new_tokens": 4, "n": 2},
+        "stream": is_stream,
+    }
+    found = {}
+    if is_stream:
+        with server.http.stream("POST", "/generate", json=body) as response:
+            for line in response.iter_lines():
+                if line.startswith("data: {"):
+                    item = json.loads(line.removeprefix("data: "))
+                    found[item["index"]] = item["meta_info"]
+    else:
+        answers = server.http.post("/generate", json=body).json()
+        found = {place: item["meta_info"] for place, item in enumerate(answers)}
+    expected = ["v0", "v0", live, live]
+    assert [found[place]["weight_version"] for place in range(4)] == expected
+    assert [server.receipt(found[place]["id"])["version"] for place in range(4)] == expected
+
+
 def test_logprobs_in_receipts_are_untempered(server):
     """At temperature 0.5 SGLang's own logprobs are tempered; the receipt's are the model's."""
     answer = server.chat("Hello!", temperature=0.5, seed=1)
