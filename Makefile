@@ -15,7 +15,7 @@ serve: ## serve the embedded model on 127.0.0.1:30000; make serve ARGS="--model-
 test: setup ## all tests but the slow ones
 	$(BIN)/python -m pytest -m "not slow and not gpu" $(ARGS)
 
-test-slow: setup ## soak and kill tests
+test-slow: setup ## kill tests, and those of the others that start a server each for one more case
 	$(BIN)/python -m pytest -m "slow" $(ARGS)
 
 check: setup ## lint, format, types

@@ -6,6 +6,7 @@ import os
 import signal
 import time
 
+import pytest
 from live import running, wait_for
 from remains import assert_each_vote_trained_once
 from stream import Stream
@@ -14,6 +15,7 @@ TIMEOUT_S = 4.0
 ARGS = ["--train-batch-size", "4", "--train-max-wait", "3600"]
 
 
+@pytest.mark.slow
 def test_a_trainer_that_hangs_is_replaced_and_its_votes_are_trained_once(tmp_path):
     data_dir = tmp_path / "data"
     with running(data_dir, *ARGS, "--trainer-timeout-s", str(TIMEOUT_S)) as server:

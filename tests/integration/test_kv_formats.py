@@ -44,9 +44,9 @@ def test_pages_of_four_slots(tmp_path):
 @pytest.mark.parametrize(
     ("name", "kv_dtype"),
     [
-        ("bf16", torch.bfloat16),
+        pytest.param("bf16", torch.bfloat16, marks=pytest.mark.slow),
         ("fp8_e4m3", torch.float8_e4m3fn),
-        ("fp8_e5m2", torch.float8_e5m2),
+        pytest.param("fp8_e5m2", torch.float8_e5m2, marks=pytest.mark.slow),
     ],
 )
 def test_keys_and_values_narrower_than_activations(tmp_path, name, kv_dtype):

@@ -56,6 +56,7 @@ def test_while_idle_is_the_policy_a_request_stops_the_trainer_in_the_middle_of_a
         assert server.stop() == 0, server.tail()
 
 
+@pytest.mark.slow
 def test_with_a_share_a_step_completes_although_requests_are_always_in_flight(tmp_path_factory):
     server = started(tmp_path_factory, "--lease-policy", "share", "--lease-share", "0.5")
     try:
