@@ -47,10 +47,6 @@ class Segment:
         self.handle = handle
         self.mapping = mapping
 
-    @property
-    def buffer(self) -> memoryview:
-        return memoryview(self.mapping)
-
 
 def create(name: str, nbytes: int, *, populate: bool = False) -> Segment:
     """Make a segment of `nbytes` (rounded up to a page).

@@ -19,7 +19,7 @@ from alchemist.server import processes
 from alchemist.server.api import build_router
 from alchemist.server.config import Config
 from alchemist.server.learner import Learner
-from alchemist.server.routes import RouteGuard
+from alchemist.server.routes import RouteGuard, route_path
 
 if TYPE_CHECKING:
     from alchemist.server.front import Front
@@ -80,8 +80,8 @@ class Readiness:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
-            path = scope["path"]
-            if self._front.is_ending and path.startswith(("/v1/", "/generate", "/health")):
+            path = route_path(scope)
+            if self._front.is_ending and path != "/metrics":
                 await _unavailable("the server is shutting down")(scope, receive, send)
                 return
             if path in ("/health", "/health_generate", "/readiness") and not self._learner.is_ready:

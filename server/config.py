@@ -22,6 +22,9 @@ LINEAR_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj"
 """What `all-linear` stands for, under PEFT's names."""
 
 
+_SHARE = 0.2
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Config:
     """The resolved options of one server.
@@ -131,7 +134,7 @@ class Config:
     requests are in flight; slo: then too, for as much of it as --slo-ttft-ms and --slo-tpot-ms leave; none: always, at
     no lower priority than serving, to measure what the lease is good for (default: idle)."""
 
-    lease_share: float = 0.2
+    lease_share: float = _SHARE
     """Policy share: part of the time requests are in flight that the trainer may have, in quanta of
     20 ms (default: 0.2)."""
 
@@ -185,6 +188,16 @@ class Config:
         _require(self, "objective", is_objective, objectives.ALLOWED)
         _require(self, "label_smoothing", self.label_smoothing < 0.5, "0 or more and below 0.5")
         _require(self, "lease_share", self.lease_share <= 1, "above 0 and up to 1")
+        # What would be ignored is refused.
+        is_dpo = self.objective == "dpo"
+        is_default = self.loss_type == "sigmoid"
+        _require(self, "loss_type", is_dpo or is_default, "sigmoid, but with --objective dpo")
+        is_used = is_dpo and self.loss_type != "ipo"
+        has = "0.0, but with --objective dpo and --loss-type sigmoid or robust"
+        _require(self, "label_smoothing", is_used or not self.label_smoothing, has)
+        is_used = self.lease_policy == "share"
+        has = f"{_SHARE}, but with --lease-policy share"
+        _require(self, "lease_share", is_used or self.lease_share == _SHARE, has)
         targets = [
             name for name in ("slo_ttft_ms", "slo_tpot_ms") if getattr(self, name) is not None
         ]

@@ -8,9 +8,12 @@ voted on; a vote that comes before the tokens are stored waits for them.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
+from functools import partial
 from typing import Any
 
 from alchemist.protocol import messages
@@ -30,7 +33,7 @@ class Conversations:
 
     def __init__(self, ledger: Ledger, publisher: Publisher, on_stored: Callable[[], None]) -> None:
         """Args:
-        on_stored: called when a completion was handed to the ledger.
+        on_stored: called when a completion is in the ledger that had been voted on before.
         """
         self._ledger = ledger
         self._publisher = publisher
@@ -109,7 +112,7 @@ class Conversations:
             self._recorded.pop(next(iter(self._recorded)))
         # Open until it is stored, also when this report is ahead of the answer's first chunk.
         self._ledger.mark_streaming(message.rid)
-        self._ledger.add_completion(
+        answer = self._ledger.add_completion(
             Completion(
                 id=message.rid,
                 version=version,
@@ -123,7 +126,14 @@ class Conversations:
                 state="aborted" if message.finish_reason == "abort" else "done",
             )
         )
-        self._on_stored()
+        answer.future.add_done_callback(partial(self._stored, asyncio.get_running_loop()))
+
+    def _stored(self, loop: asyncio.AbstractEventLoop, future: Future[int]) -> None:
+        """On the ledger's thread."""
+        if not future.cancelled() and future.exception() is None and future.result():
+            with contextlib.suppress(RuntimeError):
+                # The loop may have ended.
+                loop.call_soon_threadsafe(self._on_stored)
 
     async def settle(self, rid: str) -> None:
         """Wait, at most `_SETTLE_S`, for the ledger to have a completion whose answer was just given."""

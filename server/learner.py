@@ -40,6 +40,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _POLL_S = 0.2
+_RECOUNT_S = 30.0
+"""Votes are counted again when something says so; and after this long, if what should have said so was lost."""
 _HELLO_TIMEOUT_S = 60.0
 _ROWS_EVERY_S = 5.0
 _MAX_CRASHES = 3
@@ -273,10 +275,11 @@ class Learner:
         crashes = kills = 0
         size, pairs = self.config.train_batch_size, self.config.objective == "dpo"
         pending: int | None = None
+        counted = 0.0
         while True:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._wake.wait(), _POLL_S)
-            if self._wake.is_set():
+            if self._wake.is_set() or time.monotonic() - counted > _RECOUNT_S:
                 self._wake.clear()
                 pending = None
             if self.paused or not self.trainer.is_ready or self.stopping:
@@ -284,6 +287,7 @@ class Learner:
             try:
                 if pending is None:
                     pending = await self.ledger.num_trainable(size, pairs=pairs)
+                    counted = time.monotonic()
                 if not pending:
                     waiting_since, self._flush_left = None, 0
                     continue

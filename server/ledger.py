@@ -97,15 +97,15 @@ class Ledger(VersionTables):
         with self._open_lock:
             return rid in self._open
 
-    def add_completion(self, completion: Completion) -> Answer[None]:
-        """Stores a finished completion; its waiting votes become pending. Nobody needs to wait for it.
+    def add_completion(self, completion: Completion) -> Answer[int]:
+        """Stores a finished completion; its waiting votes become pending; how many. Nobody needs to wait for it.
 
         A failure is logged and counted, never raised into a reply; a bounded number of completions that could not be
         written stay in memory, and are written with the first vote on them, or as soon as others can be.
         """
         answer = self._store.write(lambda db: self._insert_completion(db, completion))
 
-        def finished(future: Future[None]) -> None:
+        def finished(future: Future[int]) -> None:
             error = None if future.cancelled() else future.exception()
             with self._open_lock:
                 is_new = self._open.pop(completion.id, None) is None
@@ -139,7 +139,7 @@ class Ledger(VersionTables):
 
         return self._store.read(operation)
 
-    def _insert_completion(self, db: sqlite3.Connection, completion: Completion) -> None:
+    def _insert_completion(self, db: sqlite3.Connection, completion: Completion) -> int:
         rid, now = completion.id, self._now()
         old = votes.completion_row(db, rid)
         if old is not None:
@@ -149,7 +149,7 @@ class Ledger(VersionTables):
                 logger.warning(
                     "completion %s exists and has feedback; the new one is not kept", rid
                 )
-                return
+                return 0
         placeholders = ", ".join("?" * len(COMPLETION_COLUMNS.split(",")))
         update = ", ".join(f"{c} = excluded.{c}" for c in COMPLETION_COLUMNS.split(", ")[1:])
         db.execute(
@@ -157,14 +157,15 @@ class Ledger(VersionTables):
             f" ON CONFLICT (id) DO UPDATE SET {update}",
             completion_row(completion, completion.created or now),
         )
-        db.execute(
+        num_waited = db.execute(
             "UPDATE feedback SET state = 'pending', updated = ?"
             " WHERE completion_id = ? AND state = 'waiting'",
             (now, rid),
-        )
+        ).rowcount
         self._num_added += 1
         if self._num_added % _PRUNE_EVERY == 0:
             votes.prune(db, self._keep_completions, now - IDEMPOTENCY_SECONDS)
+        return num_waited
 
     # Feedback
 

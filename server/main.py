@@ -157,7 +157,7 @@ def with_defaults(config: Config, argv: list[str]) -> list[str]:
     flags["--lora-target-modules"] = list(config.target_modules)
     flags["--max-loras-per-batch"] = ["4"]
     # SGLang's own eviction could take the live version; ours runs first, two below this.
-    flags["--max-loaded-loras"] = [str(max(config.keep_versions, config.max_staleness + 1) + 2)]
+    flags["--max-loaded-loras"] = [str(num_loaded(config))]
     # An idle scheduler that spins would take the time the trainer could use.
     flags["--sleep-on-idle"] = []
     if torch.cuda.is_available():
@@ -182,6 +182,11 @@ def with_defaults(config: Config, argv: list[str]) -> list[str]:
         word for flag, values in flags.items() if flag not in given for word in (flag, *values)
     ]
     return [*argv, *extra]
+
+
+def num_loaded(config: Config) -> int:
+    """Adapters that are loaded at once: what is kept, one that is being proven, and one to spare."""
+    return max(config.keep_versions, config.max_staleness + 1) + 2
 
 
 def _check(config: Config, server_args: Any) -> None:
@@ -218,6 +223,23 @@ def _check(config: Config, server_args: Any) -> None:
             raise LaunchError(
                 f"{what} is set; allowed: HTTP/1.1 alone, which is where keys are checked and feedback is taken"
             )
+    if server_args.lora_paths:
+        raise LaunchError(
+            "--lora-paths is set; allowed: the adapters that this server trains, alone"
+        )
+    served = set(server_args.lora_target_modules or ())
+    if not served & {"all"} and not served >= set(config.target_modules):
+        raise LaunchError(
+            f"--lora-target-modules is {' '.join(sorted(served))}; "
+            f"allowed: all, or at least --target-modules ({' '.join(config.target_modules)})"
+        )
+    if server_args.max_loaded_loras is not None and server_args.max_loaded_loras < num_loaded(
+        config
+    ):
+        raise LaunchError(
+            f"--max-loaded-loras is {server_args.max_loaded_loras}; allowed: {num_loaded(config)} or more, "
+            "for --keep-versions and --max-staleness"
+        )
     if server_args.max_lora_rank < config.lora_rank:
         raise LaunchError(
             f"--lora-rank is {config.lora_rank}; allowed: up to --max-lora-rank {server_args.max_lora_rank}"

@@ -166,7 +166,7 @@ class RouteGuard:
         headers = Headers(scope=scope)
         if scope.get("method") == "OPTIONS":
             return None
-        path = _route_path(scope)
+        path = route_path(scope)
         kinds = [leaf.kind for leaf in self._all_leaves() if leaf.regex.match(path)]
         if not kinds:
             return None
@@ -245,7 +245,7 @@ def _judge_origin(scope: Scope, headers: Headers) -> UserError | None:
     )
 
 
-def _route_path(scope: Scope) -> str:
+def route_path(scope: Scope) -> str:
     """The path as the router sees it: without the prefix the app is mounted under."""
     path: str = scope["path"]
     root: str = scope.get("root_path", "")

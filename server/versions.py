@@ -75,13 +75,13 @@ class VersionTables:
 
     def versions(self) -> Answer[list[Version]]:
         """All versions, oldest first, v0 among them."""
-        return self._store.read(lambda db: _versions(db, self.directory))
+        return self._store.read(lambda db: _versions(db, self.directory, has_votes=True))
 
     def get_version(self, version: int) -> Answer[Version]:
         """Raises NotFound."""
 
         def operation(db: sqlite3.Connection) -> Version:
-            for found in _versions(db, self.directory, version):
+            for found in _versions(db, self.directory, version, has_votes=True):
                 return found
             raise NotFound(f"no version v{version}", "version")
 
@@ -257,11 +257,17 @@ def _set(db: sqlite3.Connection, version: int, state: str, reason: str) -> None:
     )
 
 
-def _versions(db: sqlite3.Connection, directory: Path, only: int | None = None) -> list[Version]:
+def _versions(
+    db: sqlite3.Connection, directory: Path, only: int | None = None, *, has_votes: bool = False
+) -> list[Version]:
+    """Args:
+    has_votes: with the ids of the votes in each, which are as many as were ever trained.
+    """
     match, values = ("version = ?", (only,)) if only is not None else ("1", ())
     trained: dict[int, list[str]] = {}
-    query = "SELECT id, version FROM feedback WHERE version IS NOT NULL"
-    for row in db.execute(f"{query} AND {match} ORDER BY seq", values):
-        trained.setdefault(row["version"], []).append(row["id"])
+    if has_votes:
+        query = "SELECT id, version FROM feedback WHERE version IS NOT NULL"
+        for row in db.execute(f"{query} AND {match} ORDER BY seq", values):
+            trained.setdefault(row["version"], []).append(row["id"])
     rows = db.execute(f"SELECT * FROM versions WHERE {match} ORDER BY version", values)
     return [to_version(row, trained.get(row["version"], []), directory) for row in rows]

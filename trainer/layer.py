@@ -92,12 +92,6 @@ class LayerLora:
             scaling=adapter.config.scaling,
         )
 
-    @property
-    def matrices(self) -> list[Tensor]:
-        """A and B of every part, in a fixed order."""
-        parts = self.qkv + self.o + self.gate_up + self.down
-        return [matrix for part in parts for matrix in (part.a, part.b)]
-
 
 def decoder_layer(
     x_TH: Tensor,

@@ -98,7 +98,7 @@ class ReplayEngine:
             try:
                 return step.run()
             except (RuntimeError, MemoryError) as error:
-                if not _is_of_memory(error):
+                if not is_of_memory(error):
                     raise
                 # Frames hold what the attempt had.
                 traceback.clear_frames(error.__traceback__)
@@ -434,7 +434,7 @@ class _Step:
         )
 
 
-def _is_of_memory(error: Exception) -> bool:
+def is_of_memory(error: Exception) -> bool:
     """Whether an allocation failed: torch has a class of its own for a GPU's, and words for the CPU's."""
     is_out = isinstance(error, MemoryError | torch.OutOfMemoryError)
     return is_out or "can't allocate memory" in str(error) or "bad_alloc" in str(error)

@@ -30,7 +30,14 @@ from alchemist.trainer.lora import LoraAdapter, LoraConfig
 from alchemist.trainer.optimizer import Optimizer, OptimizerConfig
 from alchemist.trainer.rowdesk import RowDesk
 from alchemist.trainer.rows import ActivationView, Recorded
-from alchemist.trainer.step import Objective, ReplayEngine, Sample, SampleTooLarge, VersionGroup
+from alchemist.trainer.step import (
+    Objective,
+    ReplayEngine,
+    Sample,
+    SampleTooLarge,
+    VersionGroup,
+    is_of_memory,
+)
 from alchemist.trainer.user_loss import UserLossError
 from alchemist.trainer.versions import VersionStore
 from alchemist.trainer.weights import BaseWeights
@@ -176,7 +183,9 @@ class Worker:
             # It would fail again: its votes must not come back for ever.
             failed = {sample.feedback_id: str(error) for sample in request.samples}
             return messages.StepFailed(step=request.step, reason=str(error), failed=failed)
-        except (ValueError, OSError, torch.OutOfMemoryError) as error:
+        except (ValueError, OSError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and not is_of_memory(error):
+                raise
             logger.exception("step %d failed", request.step)
             reason = f"{type(error).__name__}: {error}"
             return messages.StepFailed(step=request.step, reason=reason, failed={})

@@ -32,7 +32,9 @@ def finished(rid, lora_id):
 
 
 @pytest.mark.parametrize(("lora_id", "version"), [(None, 0), ("lora three", 3), ("lora five", 5)])
-def test_a_completion_is_of_the_version_that_computed_it(ledger, conversations, lora_id, version):
+async def test_a_completion_is_of_the_version_that_computed_it(
+    ledger, conversations, lora_id, version
+):
     conversations.saw("a", "v3", SimpleNamespace(sampling_params={}))
     conversations.finished(finished("a", lora_id))
     # What is written is written in the order in which it was asked for.
@@ -40,7 +42,7 @@ def test_a_completion_is_of_the_version_that_computed_it(ledger, conversations, 
     assert ledger.get_completion("a").result().version == version
 
 
-def test_a_completion_of_nobody_knows_what_is_not_kept(ledger, conversations):
+async def test_a_completion_of_nobody_knows_what_is_not_kept(ledger, conversations):
     conversations.finished(finished("a", "gone"))
     ledger.release_batch().result()
     with pytest.raises(NotFound):

@@ -24,4 +24,5 @@ def test_little_memory(case):
     assert done.returncode == 0, done.stderr
     assert "out of memory: steps are split at" in done.stderr
     tokens = int(done.stdout.split()[-1])
-    assert tokens == 1 if case == "refused" else 256 <= tokens < 4096
+    # Later steps, whose completions may fit, are split as this one was before.
+    assert tokens == 1 << 16 if case == "refused" else 256 <= tokens < 4096

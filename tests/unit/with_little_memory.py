@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
 
 from step_workload import Ours, WorkloadConfig, build_model, make_samples
 
-from alchemist.trainer.step import Objective, ReplayEngine, StepGradients
+from alchemist.trainer.step import Objective, ReplayEngine, SampleTooLarge, StepGradients
 
 CONFIG = WorkloadConfig(
     hidden_size=64,
@@ -49,8 +49,9 @@ def main(case: str) -> None:
     was = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (used + MARGIN[case], was[1]))
     if case == "refused":
-        with pytest.raises(MemoryError, match="one completion at a time"):
+        with pytest.raises(SampleTooLarge, match="by itself") as refused:
             step()
+        assert len(refused.value.samples) == 1
         resource.setrlimit(resource.RLIMIT_AS, was)
         print(engine.max_tokens)
         return
