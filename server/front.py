@@ -97,6 +97,7 @@ class Front:
     ) -> AsyncIterator[Any]:
         """AROUND `generate_request`: give the request its version, hold the lease off while it runs."""
         learner = self.learner
+        _require_known_tokens(obj, manager.model_config.vocab_size)
         rid = obj.rid if isinstance(obj.rid, str) else ""
         is_ours = rid.startswith((PROBE_PREFIX, _HEALTH_CHECK))
         if learner is None or is_ours or not hasattr(obj, "sampling_params"):
@@ -105,7 +106,6 @@ class Front:
             return
         if request is not None and not await may_be_recorded(request):
             opt_out(obj)
-        _require_known_tokens(obj, manager.model_config.vocab_size)
         versions = learner.conversations.route(obj)
         rids: set[str] = set()
         try:

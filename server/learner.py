@@ -42,6 +42,8 @@ logger = logging.getLogger(__name__)
 _POLL_S = 0.2
 _RECOUNT_S = 30.0
 """Votes are counted again when something says so; and after this long, if what should have said so was lost."""
+_BUSY_S = (0.5, 1.0, 2.0, 4.0, 8.0)
+"""Between attempts to publish through a full queue."""
 _HELLO_TIMEOUT_S = 60.0
 _ROWS_EVERY_S = 5.0
 _MAX_CRASHES = 3
@@ -103,6 +105,9 @@ class Learner:
         self._wake = asyncio.Event()
         self._flush_left = 0
         self._next_version = 1
+        self._parents: dict[int, int | None] = {}
+        self._unsettled: set[int] = set()
+        """Versions that did not go live, which the ledger could not be told."""
         self._tasks: list[asyncio.Task[None]] = []
 
     @property
@@ -172,18 +177,16 @@ class Learner:
             if version not in (0, recovery.live, recovery.staged):
                 with contextlib.suppress(PublishRefused):
                     await self.publisher.load(version, paths[version])
-        parents = {v.version: v.parent for v in versions}
-        self.publisher.live = await self._restore_live(recovery.live, paths, parents)
+        self._parents = {v.version: v.parent for v in versions}
+        self.publisher.live = await self._restore_live(recovery.live, paths)
         await self._went_live(self.publisher.live)
         if recovery.staged is not None and recovery.staged in paths:
-            await self._publish(recovery.staged, paths[recovery.staged], self.live)
+            await self._publish(recovery.staged, paths[recovery.staged], recovery.live)
         logger.info(
             "live version v%d, step %d, %d version(s) loaded", self.live, self.step, len(paths)
         )
 
-    async def _restore_live(
-        self, live: int, paths: dict[int, str], parents: dict[int, int | None]
-    ) -> int:
+    async def _restore_live(self, live: int, paths: dict[int, str]) -> int:
         """Load the live version, or its nearest ancestor that can be proven; which one it is."""
         version = live
         while version:
@@ -196,7 +199,7 @@ class Learner:
             except PublishRefused as error:
                 # As in `_publish`: learning waits for a person.
                 self.last_error, self.paused = str(error), True
-                version = parents[version] or 0
+                version = self._parents[version] or 0
         if version != live:
             await self.ledger.set_version_state(version, "live", None)
             await self.ledger.set_version_state(live, "failed", self.last_error, requeue=True)
@@ -285,6 +288,7 @@ class Learner:
             if self.paused or not self.trainer.is_ready or self.stopping:
                 continue
             try:
+                await self._settle_versions()
                 if pending is None:
                     pending = await self.ledger.num_trainable(size, pairs=pairs)
                     counted = time.monotonic()
@@ -326,6 +330,14 @@ class Learner:
                 self.last_error = str(error)
                 logger.exception("a training step did not complete; its votes stay pending")
                 await asyncio.sleep(1.0)
+
+    async def _settle_versions(self) -> None:
+        """What a version has learned that did not go live is in nothing that serves: its votes are pending again."""
+        for version in sorted(self._unsettled):
+            await self.publisher.drop(version)
+            reason = "it could not be published"
+            await self.ledger.set_version_state(version, "failed", reason, requeue=True)
+            self._unsettled.discard(version)
 
     async def _give_up(self, items: list[TrainingItem], reason: str) -> bool:
         """Let votes fail that end the trainer; whether that could be written."""
@@ -371,19 +383,19 @@ class Learner:
                 failed=answer.failed,
             )
             self._next_version, self.step = version + 1, step
-            await self._rows.trained(sorted({item.completion.id for item in items}))
+            self._parents[version] = parent
             self.tokens_reused += answer.tokens_reused
             self.tokens_recomputed += answer.tokens_recomputed
             self.last_error = None
             published = time.monotonic()
             try:
                 proven = await self._publish(version, answer.path, parent)
-            except Exception as error:
+            except Exception:
                 if self.live != version:
-                    # What it learned is in nothing that serves.
-                    reason = repr(error)
-                    await self.ledger.set_version_state(version, "failed", reason, requeue=True)
+                    self._unsettled.add(version)
                 raise
+            if proven is not None:
+                await self._rows.trained(sorted({item.completion.id for item in items}))
             metrics["publish_s"] = time.monotonic() - published
             if proven is not None:
                 metrics["publish_load_s"], metrics["publish_probe_s"] = proven[1:]
@@ -416,7 +428,7 @@ class Learner:
             await self.ledger.set_version_state(version, "failed", reason, requeue=True)
             return None
         try:
-            proven = await self.publisher.load(version, path)
+            proven = await self._load_in_time(version, path)
         except PublishRefused as error:
             self.last_error = str(error)
             logger.error("%s; v%d stays live", error, self.live)
@@ -431,12 +443,28 @@ class Learner:
         await self._prune()
         return proven
 
+    async def _load_in_time(self, version: int, path: str) -> Proven:
+        """`Publisher.load`, tried again where the engine is too busy for a probe."""
+        for delay in _BUSY_S:
+            try:
+                return await self.publisher.load(version, path)
+            except PublishRefused as error:
+                if not error.is_busy:
+                    raise
+                await asyncio.sleep(delay)
+        return await self.publisher.load(version, path)
+
     @property
-    def _fresh(self) -> tuple[int, int]:
-        """First and last version whose answers are differentiated at the version that served them. Votes on those are
-        trained first: where more come than can be trained, waiting in line would make every one of them stale.
+    def _fresh(self) -> list[int]:
+        """Versions whose answers are differentiated at the version that served them, the live one first. Votes on those
+        are trained first: where more come than can be trained, waiting in line would make every one of them stale.
         """
-        return max(0, self.live - self.config.max_staleness), self.live
+        found: list[int] = []
+        version: int | None = self.live
+        while version is not None and len(found) <= self.config.max_staleness:
+            found.append(version)
+            version = self._parents.get(version)
+        return found
 
     async def _went_live(self, version: int) -> None:
         self.publisher.live = version
@@ -447,10 +475,9 @@ class Learner:
     async def _tell_fresh(self) -> None:
         if self.config.no_train:
             return
-        first, last = self._fresh
-        loaded = self.publisher.loaded
-        adapters = [loaded[v] for v in sorted(loaded) if first <= v <= last]
-        await self._rows.fresh([*([] if first else [""]), *adapters])
+        fresh, loaded = self._fresh, self.publisher.loaded
+        adapters = [loaded[v] for v in fresh if v in loaded]
+        await self._rows.fresh([*([""] if 0 in fresh else []), *adapters])
 
     async def _prune(self) -> None:
         """Delete the directories of versions beyond --keep-versions that nothing needs."""

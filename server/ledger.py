@@ -22,7 +22,7 @@ import sqlite3
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -53,8 +53,6 @@ _PRUNE_EVERY = 1024
 _MAX_UNSAVED = 4096
 _ID = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 
-_ANY_VERSION = (0, 2**63 - 1)
-
 
 class Ledger(VersionTables):
     """One data directory's ledger; see the module. `close` when done."""
@@ -78,6 +76,8 @@ class Ledger(VersionTables):
         # Requests being streamed (None), and finished ones that could not be written (the completion).
         self._open: dict[str, Completion | None] = {}
         self._open_lock = threading.Lock()
+        self._retried: str | None = None
+        """Of those that could not be written, the one that is being written again."""
         self.num_unsaved_completions = 0
         """Completions that could not be written when they finished, since the start."""
 
@@ -109,11 +109,16 @@ class Ledger(VersionTables):
             error = None if future.cancelled() else future.exception()
             with self._open_lock:
                 is_new = self._open.pop(completion.id, None) is None
+                if completion.id == self._retried:
+                    self._retried = None
                 if error is not None:
                     self.num_unsaved_completions += is_new
                     if len(self._open) < _MAX_UNSAVED:
                         self._open[completion.id] = completion
-                unsaved = next((kept for kept in self._open.values() if kept is not None), None)
+                unsaved = None
+                if error is None and self._retried is None:
+                    unsaved = next((kept for kept in self._open.values() if kept is not None), None)
+                    self._retried = unsaved and unsaved.id
             if error is not None:
                 logger.error("completion %s was not stored: %s", completion.id, error)
             elif unsaved is not None:
@@ -329,10 +334,10 @@ class Ledger(VersionTables):
     # Training
 
     def next_batch(
-        self, limit: int, *, pairs: bool = False, versions: tuple[int, int] = _ANY_VERSION
+        self, limit: int, *, pairs: bool = False, versions: Sequence[int] = ()
     ) -> Answer[list[TrainingItem]]:
         """Pending votes, at most `limit`, with their completions; they are claimed. The oldest ones, but first those on
-        answers of `versions`, first and last.
+        answers of `versions`.
 
         With `pairs`, those that make preference pairs; the last pair is kept whole.
 
@@ -379,7 +384,7 @@ class Ledger(VersionTables):
     def num_trainable(self, limit: int, *, pairs: bool = False) -> Answer[int]:
         """How many votes `next_batch` would give. With `pairs` it compares the prompts of all pending votes."""
         pick = votes.pick_pairs if pairs else votes.pick_oldest
-        return self._store.read(lambda db: len(pick(db, limit, _ANY_VERSION)))
+        return self._store.read(lambda db: len(pick(db, limit, ())))
 
     def fail_feedback(self, reasons: Mapping[str, str]) -> Answer[None]:
         """Pending votes that cannot be trained: feedback id → why."""

@@ -33,6 +33,8 @@ logger = logging.getLogger("alchemist")
 
 TINY_MODEL = Path(__file__).parent / "tiny"
 _PREFIX = "alchemist-"
+_FUSED = {"qkv_proj": {"q_proj", "k_proj", "v_proj"}, "gate_up_proj": {"gate_proj", "up_proj"}}
+"""As SGLang also lets one say."""
 _MODEL_FLAGS = {"--model-path", "--model"}
 
 
@@ -228,6 +230,8 @@ def _check(config: Config, server_args: Any) -> None:
             "--lora-paths is set; allowed: the adapters that this server trains, alone"
         )
     served = set(server_args.lora_target_modules or ())
+    for fused, parts in _FUSED.items():
+        served |= parts if fused in served else set()
     if not served & {"all"} and not served >= set(config.target_modules):
         raise LaunchError(
             f"--lora-target-modules is {' '.join(sorted(served))}; "

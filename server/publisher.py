@@ -117,6 +117,11 @@ class Publisher:
         pairs = list(zip(served, proof.probe_logprobs, strict=True))
         return sum(abs(a - b) for a, b in pairs) / len(pairs) if pairs else float("inf")
 
+    async def drop(self, version: int) -> None:
+        """Unload a version that did not go live, if it is loaded."""
+        if self.loaded.pop(version, None) is not None:
+            await self._unload(f"v{version}")
+
     async def retire(self, keep: set[int]) -> list[int]:
         """Unload the oldest idle versions until at most `keep` remain loaded; which ones went.
 

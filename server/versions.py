@@ -187,6 +187,8 @@ class VersionTables:
                 if v.path is not None and v.version not in there:
                     state = "failed" if v.state in ("live", "staged") else v.state
                     _set(db, v.version, state, "its directory is gone")
+                    if v.state == "staged":
+                        votes.requeue(db, v.version, self._now())
                     db.execute("UPDATE versions SET path = NULL WHERE version = ?", (v.version,))
             parents = {v.version: v.parent for v in newest_first}
             was_live = next((v.version for v in newest_first if v.state == "live"), 0)
@@ -197,6 +199,7 @@ class VersionTables:
                 _set(db, live, "live", "the live version's directory was gone")
             staged = [n for n, state in states.items() if state == "staged"]
             skipped = {v.version for v in newest_first if v.reason == _SKIPPED} | {*staged}
+            given_up: set[int] = set()
             line: list[int] = []
             for newest in staged:
                 line = [newest]
@@ -213,10 +216,14 @@ class VersionTables:
                     reason = f"it was not trained from v{was_live}, which is live"
                     _set(db, number, "failed", reason)
                     votes.requeue(db, number, self._now())
+                    given_up.add(number)
             directories = [
                 v.path
                 for v in newest_first
-                if v.path and v.version in there and v.state != "failed"
+                if v.path
+                and v.version in there
+                and v.state != "failed"
+                and v.version not in given_up
             ]
             return Recovery(
                 live=live,

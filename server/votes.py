@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -54,19 +54,23 @@ def list_feedback(
 
 
 _PENDING = """FROM feedback f JOIN completions c ON c.id = f.completion_id
-    WHERE f.state = 'pending' ORDER BY c.version NOT BETWEEN ? AND ?, f.seq"""
-"""First the votes on answers of the versions between two, and of those the oldest."""
+    WHERE f.state = 'pending' ORDER BY c.version NOT IN (SELECT value FROM json_each(?)), f.seq"""
+"""First the votes on answers of some versions, and of those the oldest."""
 
 
-def pick_oldest(db: sqlite3.Connection, limit: int, versions: tuple[int, int]) -> dict[str, str]:
-    """Pending votes, at most `limit`: feedback id → no pair. Those on answers of `versions` (first and last) come
+def _json(versions: Sequence[int]) -> str:
+    return msgspec.json.encode(versions).decode()
+
+
+def pick_oldest(db: sqlite3.Connection, limit: int, versions: Sequence[int]) -> dict[str, str]:
+    """Pending votes, at most `limit`: feedback id → no pair. Those on answers of `versions` come
     first, and of two alike the older one.
     """
-    rows = db.execute(f"SELECT f.id {_PENDING} LIMIT ?", (*versions, limit))
+    rows = db.execute(f"SELECT f.id {_PENDING} LIMIT ?", (_json(versions), limit))
     return dict.fromkeys((row["id"] for row in rows), "")
 
 
-def pick_pairs(db: sqlite3.Connection, limit: int, versions: tuple[int, int]) -> dict[str, str]:
+def pick_pairs(db: sqlite3.Connection, limit: int, versions: Sequence[int]) -> dict[str, str]:
     """Pending votes that make preference pairs, feedback id → pair: about `limit`, in the same order.
 
     A vote with a correction is a pair by itself. Of others, two make one: opposite votes on different answers
@@ -75,7 +79,7 @@ def pick_pairs(db: sqlite3.Connection, limit: int, versions: tuple[int, int]) ->
     rows = db.execute(
         "SELECT f.id, f.rating, f.correction IS NOT NULL AS is_pair, c.prompt_ids, c.response_ids "
         + _PENDING,
-        versions,
+        (_json(versions),),
     )
     picked: dict[str, str] = {}
     alone: dict[tuple[bytes, int], dict[str, bytes]] = {}

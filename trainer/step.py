@@ -94,8 +94,9 @@ class ReplayEngine:
         """
         before = self.max_tokens
         while True:
-            step = _Step(self, groups, objective)
+            step = None
             try:
+                step = _Step(self, groups, objective)
                 return step.run()
             except (RuntimeError, MemoryError) as error:
                 if not is_of_memory(error):
@@ -104,9 +105,11 @@ class ReplayEngine:
                 traceback.clear_frames(error.__traceback__)
                 if self.view is not None:
                     self.view.forget()
+            running = [] if step is None else step.running
+            step = None
             if self.max_tokens == 1:
                 self.max_tokens = before
-                raise SampleTooLarge(step.running)
+                raise SampleTooLarge(running)
             self.max_tokens //= 2
             logger.warning("out of memory: steps are split at %d tokens now", self.max_tokens)
             if self._device.type == "cuda":

@@ -73,6 +73,10 @@ class SampleError(ValueError):
     """A sample that cannot be trained; the message says why."""
 
 
+MAX_OUT_OF_MEMORY = 3
+"""Times in a row that a step may run out of memory where it cannot be split, before its votes fail."""
+
+
 class Worker:
     """One trainer, from the server's welcome on."""
 
@@ -122,6 +126,8 @@ class Worker:
         )
         self.store = VersionStore(Path(welcome.data_dir) / "versions", welcome.model_path)
         self._served: dict[int, LoraAdapter] = {}
+        self._times_out_of_memory = 0
+        """Since the last step that was done."""
         self._masters: LoraAdapter | None = None
         self._optimizer: Optimizer | None = None
         self._masters_of = -1
@@ -184,11 +190,18 @@ class Worker:
             failed = {sample.feedback_id: str(error) for sample in request.samples}
             return messages.StepFailed(step=request.step, reason=str(error), failed=failed)
         except (ValueError, OSError, RuntimeError) as error:
-            if isinstance(error, RuntimeError) and not is_of_memory(error):
+            is_out = is_of_memory(error)
+            if isinstance(error, RuntimeError) and not is_out:
                 raise
             logger.exception("step %d failed", request.step)
             reason = f"{type(error).__name__}: {error}"
-            return messages.StepFailed(step=request.step, reason=reason, failed={})
+            self._times_out_of_memory += is_out
+            failed = {}
+            if self._times_out_of_memory >= MAX_OUT_OF_MEMORY:
+                # Outside of what is split: nothing will make it fit.
+                failed = {sample.feedback_id: reason for sample in request.samples}
+                self._times_out_of_memory = 0
+            return messages.StepFailed(step=request.step, reason=reason, failed=failed)
         finally:
             self.lease.advance(TrainerEvent.STEP_ENDED)
 
@@ -267,6 +280,7 @@ class Worker:
         )
         path = self.store.save(proof, masters, optimizer)
         self._masters_of = request.version
+        self._times_out_of_memory = 0
         self._served[request.version] = served
         metrics["save_s"] = time.perf_counter() - after_update
         metrics["step_s"] = time.perf_counter() - started
@@ -313,7 +327,11 @@ class Worker:
                 break
             if version == sample.version:
                 return version
-            version = self.store.parent(version)
+            try:
+                version = self.store.parent(version)
+            except (OSError, ValueError):
+                # As good as gone.
+                break
         return parent
 
     def _unfit(self, samples: Sequence[messages.TrainSample]) -> dict[str, str]:

@@ -341,6 +341,7 @@ def test_promoting_what_is_not_there_answers_404(running):
     [
         ("/v1/completions", {"model": "base", "prompt": [99999999], "max_tokens": 1}, 400),
         ("/generate", {"input_ids": [[5, 6], [-1]]}, 400),
+        ("/generate", {"input_ids": [99999999], "rid": "HEALTH_CHECK of mine"}, 400),
         ("/generate", {"text": "hi", "lora_path": []}, 400),
         ("/generate", {"text": "hi", "sampling_params": {"custom_params": "x"}}, 200),
         (

@@ -55,10 +55,10 @@ def test_votes_on_answers_of_the_latest_versions_are_trained_first(ledger: Ledge
         return [ids.index(item.feedback_id) for item in found]
 
     assert batch(4) == [0, 1, 2, 3]
-    assert batch(2, versions=(2, 4)) == [1, 3]
+    assert batch(2, versions=[4, 2, 3]) == [1, 3]
     # Nobody waits for ever: the others follow, and a batch is in the order of its votes.
-    assert batch(4, versions=(2, 4)) == [0, 1, 3, 4]
-    assert batch(9, versions=(2, 4)) == [0, 1, 2, 3, 4, 5]
+    assert batch(4, versions=[4, 2, 3]) == [0, 1, 3, 4]
+    assert batch(9, versions=[4, 2, 3]) == [0, 1, 2, 3, 4, 5]
 
 
 def test_vote_is_created_then_replaced(ledger: Ledger) -> None:

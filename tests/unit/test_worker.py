@@ -127,9 +127,12 @@ def test_what_an_older_version_served_is_differentiated_at_what_it_was(start):
 def test_what_was_rolled_back_is_differentiated_at_what_is_trained(worker):
     for version in (1, 2):
         train(worker, completion("a", 8, 8), version=version)
+    sample = completion("a", 8, 8)
+    # Rolled back to v1: v3 is made from it, and v4 from v3.
+    worker.train(messages.Train(step=3, parent=1, version=3, samples=[sample]))
     num_stale = []
-    for version in (1, 2):
-        sample = completion("old", 8, 8, version=version)
-        request = messages.Train(step=3, parent=1, version=3, samples=[sample])
+    for version in (1, 2, 3):
+        old = completion("old", 8, 8, version=version)
+        request = messages.Train(step=4, parent=3, version=4, samples=[old])
         num_stale.append(worker.train(request).metrics["num_stale"])
-    assert num_stale == [0, 1]
+    assert num_stale == [0, 1, 0]
