@@ -118,7 +118,7 @@ class Ledger(VersionTables):
                 unsaved = None
                 if error is None and self._retried is None:
                     unsaved = next((kept for kept in self._open.values() if kept is not None), None)
-                    self._retried = unsaved and unsaved.id
+                    self._retried = None if unsaved is None else unsaved.id
             if error is not None:
                 logger.error("completion %s was not stored: %s", completion.id, error)
             elif unsaved is not None:

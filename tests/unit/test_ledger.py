@@ -341,6 +341,8 @@ def test_recovery_of_versions(tmp_path: Path) -> None:
     assert [Path(p).name for p in found.directories] == ["v3", "v2", "v1"]
     states = {v.version: v.state for v in second.versions().result()}
     assert states == {0: "retired", 1: "live", 2: "retired", 3: "staged", 4: "failed"}
+    # v4's directory is gone, and what it had learned with it.
+    assert [second.get_feedback(i).result().state for i in ids] == [*["trained"] * 3, "pending"]
     (second.directory / "versions" / "v1").rmdir()
     assert second.recover().result().live == 2
     second.close()

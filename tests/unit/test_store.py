@@ -212,8 +212,10 @@ WRITER = textwrap.dedent(
                 os.write(1, f"vote {answer.result()[0].id}\\n".encode())
             if i % 3 == 2:
                 ids = [item.feedback_id for item in ledger.next_batch(8).result()]
+                folder = os.path.join(os.path.dirname(path), f"v{version + 1}")
+                os.makedirs(folder, exist_ok=True)
                 ledger.commit_step(parent=version, version=version + 1, step=version + 1,
-                                   path=f"v{version + 1}", metrics={}, trained=ids).result()
+                                   path=folder, metrics={}, trained=ids).result()
                 version += 1
                 os.write(1, f"step {version} {' '.join(ids)}\\n".encode())
 
