@@ -432,7 +432,8 @@ class Learner:
         except PublishRefused as error:
             self.last_error = str(error)
             logger.error("%s; v%d stays live", error, self.live)
-            # Its votes are pending again: nobody was served by what they made. Training waits for a person.
+            # Its votes are pending again: nobody was served by what they made. Training waits for a person, but where
+            # the engine was only too busy.
             await self.ledger.set_version_state(version, "failed", str(error), requeue=True)
             self.paused = self.paused or not error.is_busy
             return None
