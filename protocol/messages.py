@@ -23,10 +23,6 @@ from alchemist.protocol.errors import PeerProtocolError
 from alchemist.protocol.layout import RowLayout
 from alchemist.protocol.shm import SegmentHandle, TensorHandle
 
-SCHEMA = 1
-"""Raised when a change is not backward compatible; carried in both hellos."""
-
-
 _T = TypeVar("_T")
 
 
@@ -65,7 +61,6 @@ class SharedMemory(msgspec.Struct, kw_only=True, frozen=True):
 class SchedulerHello(_Message, kw_only=True, frozen=True):
     """The scheduler's plugin is in place: what it wrapped and what it shares."""
 
-    schema: int = SCHEMA
     tp_rank: int
     pid: int
     hooks: list[str]
@@ -73,6 +68,8 @@ class SchedulerHello(_Message, kw_only=True, frozen=True):
     missing: list[str]
     """Targets that should be wrapped and are not: the server must not start."""
     model_path: str
+    context_length: int
+    """Tokens a request may have, with its answer; longer than `max_position_embeddings` where rope is scaled."""
     memory: SharedMemory | None
     """None when there is no trainer to share with."""
 
@@ -99,7 +96,6 @@ class Finished(_Message, kw_only=True, frozen=True):
 
 
 class TrainerHello(_Message, kw_only=True, frozen=True):
-    schema: int = SCHEMA
     pid: int
 
 
@@ -118,6 +114,8 @@ class Welcome(_Message, kw_only=True, frozen=True):
     """`Config` as JSON."""
     data_dir: str
     model_path: str
+    context_length: int
+    """As in `SchedulerHello`."""
     memory: SharedMemory
     lease: SegmentHandle
     rows_address: str | None

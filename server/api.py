@@ -189,8 +189,17 @@ def _add_training(router: APIRouter, service: Service) -> None:
         return await service.training_status()
 
     @router.get("/v1/versions")
-    async def list_versions() -> Any:
-        return _list([version_object(version) for version in await ledger.versions()], False)
+    async def list_versions(
+        limit: Annotated[int, Query(ge=1, le=100)] = 20,
+        after: str | None = None,
+        order: Literal["asc", "desc"] = "desc",
+    ) -> Any:
+        page, has_more = await ledger.list_versions(
+            limit=limit,
+            after=None if after is None else _version_number(after, "after"),
+            is_ascending=order == "asc",
+        )
+        return _list([version_object(version) for version in page], has_more)
 
     @router.post("/v1/versions/rollback")
     async def roll_back() -> Any:
@@ -199,11 +208,16 @@ def _add_training(router: APIRouter, service: Service) -> None:
 
     @router.post("/v1/versions/{version}/promote")
     async def promote_version(version: str) -> Any:
-        match = _VERSION.fullmatch("v0" if version == "base" else version)
-        if match is None:
-            raise NotFound(f"no version {version!r}; versions are v0, v1, …", "version")
-        await service.promote(int(match[1]))
-        return version_object(await ledger.get_version(int(match[1])))
+        number = _version_number(version, "version")
+        await service.promote(number)
+        return version_object(await ledger.get_version(number))
+
+
+def _version_number(name: str, field: str) -> int:
+    match = _VERSION.fullmatch("v0" if name == "base" else name)
+    if match is None:
+        raise NotFound(f"no version {name!r}; versions are v0, v1, …", field)
+    return int(match[1])
 
 
 def _refuse_other_methods(router: APIRouter) -> None:

@@ -54,6 +54,8 @@ def install(app: FastAPI, front: Front, server_args: Any, manager: Any) -> None:
     app.add_middleware(
         RouteGuard,
         routes=app.routes,
+        host=server_args.host,
+        is_training=not config.no_train,
         api_key=server_args.api_key,
         admin_api_key=server_args.admin_api_key,
     )

@@ -12,8 +12,10 @@ is added by itself.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import groupby, pairwise
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -79,27 +81,31 @@ class CpuLora:
         """Of the batch that is being computed: its tokens that have an adapter. None: it goes SGLang's way."""
 
     def prepare_batch(self, original: Any, manager: Any, forward_batch: Any) -> None:
-        """AROUND `LoRAManager.prepare_lora_batch`."""
+        """AROUND `LoRAManager.prepare_lora_batch`, whose thirty small tensors nobody would read."""
         self._stretches = None
-        if manager.lora_backend.name != "torch_native":
+        backend = manager.lora_backend
+        lengths = _lengths(forward_batch)
+        if (
+            backend.name != "torch_native"
+            or hasattr(manager, "max_bs_in_cuda_graph")
+            or lengths is None
+        ):
             original(manager, forward_batch)
             return
+        manager.reset_lora_batch()
         if not any(forward_batch.lora_ids):
-            # The layers' own sign for "base path only".
-            manager.reset_lora_batch()
+            # Nothing prepared is the layers' own sign for "base path only".
             return
-        original(manager, forward_batch)
-        info = manager.lora_backend.batch_info
-        if info.use_cuda_graph:
-            return
+        backend.batch_info = self
         self._stretches, start = [], 0
-        for index, length in zip(
-            info.weight_indices_cpu.tolist(), info.seg_lens_cpu.tolist(), strict=True
+        for uid, same in groupby(
+            zip(forward_batch.lora_ids, lengths, strict=True), key=itemgetter(0)
         ):
-            adapter = self._adapter(manager, info, index)
+            end = start + sum(length for _, length in same)
+            adapter = self._adapter(manager, uid)
             if adapter is not None:
-                self._stretches.append((slice(start, start + length), adapter))
-            start += length
+                self._stretches.append((slice(start, end), adapter))
+            start = end
 
     def apply(self, original: Any, layer: Any, base_output: Tensor, x: Tensor) -> Tensor:
         """AROUND `apply_lora` of a linear: adds the adapters to `base_output` [T, E], in place as SGLang does."""
@@ -110,14 +116,25 @@ class CpuLora:
             adapter.add(layer, base_output[tokens], x[tokens])
         return base_output
 
-    def _adapter(self, manager: Any, info: Any, index: int) -> Adapter | None:
-        """In SGLang's buffer `index`; None: none, its tokens are the base model's."""
-        uid, rank = manager.memory_pool.buffer_id_to_uid[index], int(info.lora_ranks_cpu[index])
-        if not rank:
+    def _adapter(self, manager: Any, uid: str | None) -> Adapter | None:
+        """As it lies in SGLang's buffers; None: none, its tokens are the base model's."""
+        if uid is None:
             return None
+        index = manager.memory_pool.get_buffer_id(uid)
         known = self._by_index.get(index)
         if known is None or known.uid != uid:
-            known = self._by_index[index] = Adapter(
-                uid, index, rank, float(info.scalings_cpu[index])
-            )
+            lora = manager.loras[uid]
+            known = Adapter(uid, index, int(lora.config.r), float(lora.scaling))
+            self._by_index[index] = known
         return known
+
+
+def _lengths(forward_batch: Any) -> Sequence[int] | None:
+    """Tokens of each request in this forward; None: speculation, which has rules of its own."""
+    mode = forward_batch.forward_mode
+    if mode.is_decode():
+        return [1] * len(forward_batch.lora_ids)
+    if mode.is_target_verify() or not mode.is_extend():
+        return None
+    lengths: list[int] = forward_batch.extend_seq_lens_cpu
+    return lengths

@@ -33,6 +33,7 @@ from alchemist.server.harmless import guard, harmless
 from alchemist.server.lender import Lender
 from alchemist.server.machine_memory import auto_host_bytes, free_memory_bytes
 from alchemist.server.pool import ActivationPool, CheckedOut, Ids
+from alchemist.server.publisher import HEALTH_PREFIX, PROBE_PREFIX
 from alchemist.server.recorder import Recorder
 from alchemist.server.run import OPT_OUT, Run
 
@@ -41,7 +42,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_HEALTH_CHECK = "HEALTH_CHECK"
+_NUM_ENDED = 4096
+"""Requests whose end is remembered: a step that was under way may still sample for one."""
 
 PORTION_BYTES = 1 << 20
 """Copied to the host at a time: a fraction of a millisecond, which is how long a new request may wait for it."""
@@ -76,6 +78,8 @@ class Engine:
         self.recorder: Recorder | GpuRecorder | None = None
         self._logprobs: dict[str, list[tuple[int, torch.Tensor, int]]] = {}
         self._tickets: dict[tuple[bytes, int], list[tuple[Ids, Ids]]] = {}
+        self._has_complained = False
+        self._ended: dict[str, None] = {}
         self._unrecorded: set[str] = set()
         """Requests in flight that are not recorded: they asked for it, or are too short."""
         self._rows_per_portion = 1
@@ -112,6 +116,7 @@ class Engine:
             hooks=hooks,
             missing=missing,
             model_path=runner.model_config.model_path,
+            context_length=runner.model_config.context_len,
             memory=None if self.config.no_train else self._share(runner),
         )
         self._control.send(messages.encode(hello))
@@ -280,25 +285,47 @@ class Engine:
         if self.recorder is not None:
             self.recorder.end()
 
+    def logprobs(self, logits: torch.Tensor) -> torch.Tensor | None:
+        """[batch, vocab] log-softmax, untempered and unpenalised; None: there is no memory for it."""
+        try:
+            return torch.log_softmax(logits.float(), dim=-1)
+        except RuntimeError as error:
+            self._complain(error)
+            return None
+
     def note_logprobs(self, batch: Any, raw: torch.Tensor, token_ids: torch.Tensor) -> None:
         """Keep each sampled token's logprob, by request and sequence length.
 
         Args:
-            raw: [batch, vocab] log-softmax of the logits, untempered and unpenalised.
+            raw: as `logprobs` gives it.
             token_ids: [batch] what was sampled.
         """
         if batch.rids is None:
             return
-        picked = copied(raw.gather(1, token_ids.long().view(-1, 1)).view(-1))
+        try:
+            picked = copied(raw.gather(1, token_ids.long().view(-1, 1)).view(-1))
+        except RuntimeError as error:
+            self._complain(error)
+            return
         lengths = (batch.seq_lens if batch.seq_lens_cpu is None else batch.seq_lens_cpu).tolist()
         for i, (rid, length) in enumerate(zip(batch.rids, lengths, strict=False)):
-            self._logprobs.setdefault(rid, []).append((length, picked, i))
+            if rid not in self._ended:
+                self._logprobs.setdefault(rid, []).append((length, picked, i))
+
+    def _complain(self, error: Exception) -> None:
+        """Of what is recorded besides activations; once."""
+        if not self._has_complained:
+            self._has_complained = True
+            logger.error("log-probabilities of some answers are missing: %s", error)
 
     def finished(self, req: Any, tree_cache: Any) -> None:
         """A request has ended and its KV is about to go to the tree: report it."""
         noted = self._logprobs.pop(req.rid, [])
         self._unrecorded.discard(req.rid)
-        if req.rid.startswith(_HEALTH_CHECK):
+        self._ended[req.rid] = None
+        if len(self._ended) > _NUM_ENDED:
+            del self._ended[next(iter(self._ended))]
+        if _is_unvotable(req):
             return
         prompt = list(req.origin_input_ids)
         output = list(req.output_ids_through_stop)
@@ -343,20 +370,21 @@ class Engine:
                 logprobs[index] = float(values[i])
         text = Text(np.array(prompt, np.int32), extra_key)
         recorded = 0 if slots is None else self._num_recorded(rid, slots, text)
-        self._control.send(
-            messages.encode(
-                messages.Finished(
-                    rid=rid,
-                    lora_id=lora_id,
-                    extra_key=extra_key,
-                    prompt_ids=messages.pack_ids(prompt),
-                    output_ids=messages.pack_ids(output),
-                    logprobs=messages.pack_floats(logprobs),
-                    finish_reason=reason,
-                    prompt_recorded=recorded,
-                )
-            )
+        report = messages.Finished(
+            rid=rid,
+            lora_id=lora_id,
+            extra_key=extra_key,
+            prompt_ids=messages.pack_ids(prompt),
+            output_ids=messages.pack_ids(output),
+            logprobs=messages.pack_floats(logprobs),
+            finish_reason=reason,
+            prompt_recorded=recorded,
         )
+        try:
+            self._control.send(messages.encode(report))
+        except ValueError as error:
+            # Text that is none, in an id or a namespace.
+            logger.error("completion %s is not kept: %s", ascii(rid), error)
 
     @harmless(0)
     def _num_recorded(self, rid: str, slots: torch.Tensor, text: Text) -> int:
@@ -367,7 +395,7 @@ class Engine:
     @harmless(None)
     def released(self, req: Any, tree_cache: Any) -> None:
         """The request's KV is in the tree now, under slots that may be others' (those of an equal prefix)."""
-        if self.pool is not None and not req.rid.startswith(_HEALTH_CHECK):
+        if self.pool is not None and not _is_unvotable(req):
             token_ids = list(req.origin_input_ids)
             if self.config.record == "decode":
                 # The last token was sampled and never computed.
@@ -390,8 +418,10 @@ class Engine:
         if requests:
             self.lease.set_engine_busy(True)
             # A batch of the native API is one of them.
-            every = (one for r in requests for one in getattr(r, "batch", (r,)))
+            every = [one for r in requests for one in getattr(r, "batch", (r,))]
             self._unrecorded.update(one.rid for one in every if self._is_excluded(one))
+            for one in every:
+                self._ended.pop(getattr(one, "rid", None), None)
         self._relieve()
         if self._scheduler is None:
             self._open_desk(scheduler)
@@ -481,6 +511,10 @@ class Engine:
         self._desk = self._context.socket(zmq.ROUTER)
         self._desk.setsockopt(zmq.LINGER, 0)
         self._desk.bind(self.run.rows_address(scheduler.ps.tp_rank))
+        if self.pool is not None and not has_prefixes(scheduler.tree_cache):
+            self.stop_recording(
+                ValueError("rows are found by SGLang's RadixCache, which is not in use")
+            )
         # An idle scheduler sleeps on its own sockets; ours must wake it too.
         if scheduler.idle_sleeper is not None:
             scheduler.idle_sleeper.poller.register(self._desk, zmq.POLLIN)
@@ -584,6 +618,15 @@ def _finish_reason(reason: Any) -> str:
     return messages.STOPPED_BY_TEXT if is_by_text else str(said["type"])
 
 
+def _is_unvotable(req: Any) -> bool:
+    """Whether nobody will ever have this request's id: health checks, probes of versions, and the request without an
+    answer by which SGLang computes a prompt before its `n` samples.
+    """
+    return req.rid.startswith((HEALTH_PREFIX, PROBE_PREFIX)) or (
+        req.sampling_params.max_new_tokens == 0
+    )
+
+
 def _is_opted_out(request: Any) -> bool:
     """Whether the front has marked a request as not to be recorded."""
     sampling = getattr(request, "sampling_params", None)
@@ -642,16 +685,23 @@ def positions_of(batch: Any, is_decode: bool) -> torch.Tensor:
     return torch.cat([torch.arange(first, first + count) for first, count in spans])
 
 
+def has_prefixes(tree: Any) -> bool:
+    """Whether `match_slots` can find anything."""
+    from sglang.srt.mem_cache.radix_cache import RadixCache
+
+    return isinstance(tree, RadixCache) and not tree.disable
+
+
 def match_slots(tree: Any, token_ids: list[int], extra_key: str | None) -> torch.Tensor:
     """KV slots of the longest cached prefix, [n] int64, without touching the tree.
 
     `RadixCache.match_prefix` would refresh access times and split a node; a trainer's question must not change
     what serving evicts.
     """
-    from sglang.srt.mem_cache.radix_cache import RadixCache, RadixKey
+    from sglang.srt.mem_cache.radix_cache import RadixKey
 
     parts: list[torch.Tensor] = []
-    if isinstance(tree, RadixCache) and not tree.disable and token_ids:
+    if has_prefixes(tree) and token_ids:
         page_size = tree.page_size
         key = RadixKey(array("q", token_ids), extra_key).page_aligned(page_size)
         node = tree.root_node

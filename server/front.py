@@ -19,13 +19,16 @@ from alchemist.server.errors import EngineFailed
 from alchemist.server.learner import Learner
 from alchemist.server.ledger import Ledger
 from alchemist.server.pacing import Pace, Pacing, apply_policy
-from alchemist.server.publisher import PROBE_PREFIX
+from alchemist.server.publisher import HEALTH_PREFIX, PROBE_PREFIX
 from alchemist.server.record_choice import may_be_recorded, opt_out
 from alchemist.server.run import Run
 from alchemist.server.suspension import Suspension
 
 _VERSION = re.compile(r"v\d+")
-_HEALTH_CHECK = "HEALTH_CHECK"
+RESERVED = (PROBE_PREFIX, HEALTH_PREFIX)
+"""How the ids of our own requests and of SGLang's begin."""
+_RID = re.compile(r"[!-~]{8,256}")
+"""When a client goes away, SGLang aborts every request whose id begins with that one's, a short one anybody's."""
 
 
 class Front:
@@ -87,10 +90,10 @@ class Front:
     # Requests
 
     def resolve_model(self, original: Any, serving: Any, request_model: str, explicit: Any) -> Any:
-        """`model` is `base` or `vN`: pin that version. Anything else means what SGLang makes of it."""
-        if request_model == "base" or _VERSION.fullmatch(request_model or ""):
-            return request_model
-        return original(serving, request_model, explicit)
+        """`model` is `base` or `vN`, or ends so after a colon: pin that version. Any other name is the live version's,
+        also with a colon in it, after which SGLang would look for an adapter.
+        """
+        return _pinned(request_model or "") or explicit
 
     async def generate(
         self, original: Any, manager: Any, obj: Any, request: Any = None
@@ -98,18 +101,25 @@ class Front:
         """AROUND `generate_request`: give the request its version, hold the lease off while it runs."""
         learner = self.learner
         _require_known_tokens(obj, manager.model_config.vocab_size)
+        # Our probe, and SGLang's own requests.
+        is_clients = request is not None and not request.url.path.startswith("/health")
+        if is_clients:
+            _require_sound_names(obj)
         rid = obj.rid if isinstance(obj.rid, str) else ""
-        is_ours = rid.startswith((PROBE_PREFIX, _HEALTH_CHECK))
+        is_ours = not is_clients and rid.startswith(RESERVED)
         if learner is None or is_ours or not hasattr(obj, "sampling_params"):
             async for out in original(manager, obj, request):
                 yield out
             return
-        if request is not None and not await may_be_recorded(request):
-            opt_out(obj)
+        if is_clients:
+            if not await may_be_recorded(request):
+                opt_out(obj)
+            await _pin_response(obj, request)
         versions = learner.conversations.route(obj)
         rids: set[str] = set()
+        in_use = learner.publisher.in_use([int(name[1:]) for name in versions])
         try:
-            with self._busy(), self._pace(obj) as pace:
+            with self._busy(), in_use, self._pace(obj) as pace:
                 async for out in original(manager, obj, request):
                     for place, item in enumerate(out if isinstance(out, list) else [out]):
                         version = _version_of(item.get("index", place), versions, obj)
@@ -153,11 +163,63 @@ class Front:
             else:
                 yield chunk
 
+    def name_choices(
+        self, original: Any, serving: Any, request: Any, ret: Any, created: int
+    ) -> Any:
+        """AROUND the builders of whole OpenAI answers: of several choices each has an id of its own to be voted on, and
+        the answer's is the first one's.
+        """
+        answer = original(serving, request, ret, created)
+        if len(ret) > 1 and isinstance(getattr(answer, "metadata", None), dict):
+            answer.metadata["completion_ids"] = [item["meta_info"]["id"] for item in ret]
+        return answer
+
 
 def _version_of(place: int, versions: list[str], obj: Any) -> str:
     """Of a batch's output `place`: SGLang gives all samples of the first prompt, then those of the second."""
     each = getattr(obj, "parallel_sample_num", None) or 1
     return versions[min(place // each, len(versions) - 1)]
+
+
+def _require_sound_names(obj: Any) -> None:
+    """Raises ValueError for an id or a cache namespace of a client's own that would harm others."""
+    for field in ("rid", "extra_key"):
+        value = getattr(obj, field, None)
+        for name in value if isinstance(value, list) else [value]:
+            if not isinstance(name, str):
+                continue
+            if field == "rid" and not (_RID.fullmatch(name) and not name.startswith(RESERVED)):
+                raise ValueError(
+                    f"rid is {ascii(name)[:80]}; allowed: 8 to 256 printable ASCII characters without spaces, "
+                    f"not beginning with {' or '.join(RESERVED)}"
+                )
+            if not _is_unicode(name):
+                raise ValueError(
+                    f"{field} is {ascii(name)[:80]}; allowed: text without lone surrogates"
+                )
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+async def _pin_response(obj: Any, request: Any) -> None:
+    """SGLang's `/v1/responses` drops the version that `model` names."""
+    if request.url.path.rstrip("/").endswith("/v1/responses") and obj.lora_path is None:
+        body = await request.json()
+        model = body.get("model") if isinstance(body, dict) else None
+        if isinstance(model, str):
+            obj.lora_path = _pinned(model)
+
+
+def _pinned(model: str) -> str | None:
+    """The version that a request's `model` names, by itself or after a colon; None: it names none."""
+    name = model.rpartition(":")[2]
+    return name if name == "base" or _VERSION.fullmatch(name) else None
 
 
 def _require_known_tokens(obj: Any, vocab_size: int) -> None:

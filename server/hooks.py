@@ -47,9 +47,10 @@ def scheduler_hooks(engine: Engine) -> list[Hook]:
 
     def sample(original: Any, runner: Any, logits_output: Any, forward_batch: Any) -> Any:
         # Before the sampler: it divides by the temperature in place.
-        raw = torch.log_softmax(logits_output.next_token_logits.float(), dim=-1)
+        raw = engine.logprobs(logits_output.next_token_logits)
         token_ids = original(runner, logits_output, forward_batch)
-        engine.note_logprobs(forward_batch, raw, token_ids)
+        if raw is not None:
+            engine.note_logprobs(forward_batch, raw, token_ids)
         return token_ids
 
     def process_input_requests(original: Any, scheduler: Any, recv_reqs: Any) -> Any:
@@ -133,6 +134,17 @@ def main_hooks(front: Any) -> list[Hook]:
             f"{serving}.serving_chat.OpenAIServingChat._generate_chat_stream",
             "AROUND",
             front.stream,
+        ),
+        # Every choice of several can be voted on.
+        Hook(
+            f"{serving}.serving_chat.OpenAIServingChat._build_chat_response",
+            "AROUND",
+            front.name_choices,
+        ),
+        Hook(
+            f"{serving}.serving_completions.OpenAIServingCompletion._build_completion_response",
+            "AROUND",
+            front.name_choices,
         ),
         Hook(
             f"{serving}.serving_completions.OpenAIServingCompletion._generate_completion_stream",

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import re
 import shutil
 import time
 from pathlib import Path
@@ -46,6 +47,8 @@ _BUSY_S = (0.5, 1.0, 2.0, 4.0, 8.0)
 """Between attempts to publish through a full queue."""
 _HELLO_TIMEOUT_S = 60.0
 _ROWS_EVERY_S = 5.0
+_DIRECTORY = re.compile(r"v\d+|\.tmp-.*")
+"""How the trainer names a version's directory, and one that it is writing."""
 _MAX_CRASHES = 3
 """Times a batch may end the trainer by its own fault before its votes are given up."""
 _MAX_KILLS = 20
@@ -207,10 +210,11 @@ class Learner:
         return version
 
     def _delete_orphans(self, known: set[str]) -> None:
-        """Directories of versions that were never committed."""
+        """Directories of versions that were never committed; what others put there stays."""
         self.config.versions_path.mkdir(mode=0o700, parents=True, exist_ok=True)
         for path in self.config.versions_path.iterdir():
-            if path.name not in known and path.name != "v0":
+            is_ours = _DIRECTORY.fullmatch(path.name) is not None
+            if is_ours and path.name not in known and path.name != "v0":
                 shutil.rmtree(path, ignore_errors=True)
 
     @property
@@ -241,6 +245,7 @@ class Learner:
             config=self.config.to_json().encode(),
             data_dir=self.config.data_dir,
             model_path=self._hello.model_path,
+            context_length=self._hello.context_length,
             memory=memory,
             lease=self.run.lease,
             rows_address=self.run.rows_address(self._hello.tp_rank) if memory.rows else None,
@@ -276,6 +281,7 @@ class Learner:
     async def _train_forever(self) -> None:
         waiting_since: float | None = None
         crashes = kills = 0
+        has_given_up = False
         size, pairs = self.config.train_batch_size, self.config.objective == "dpo"
         pending: int | None = None
         counted = 0.0
@@ -311,11 +317,14 @@ class Learner:
                 # Votes may have been deleted since they were counted.
                 if items:
                     try:
-                        await self._train(items)
+                        num_done = await self._train(items)
+                        self._flush_left = max(0, self._flush_left - num_done)
                     finally:
                         await self.ledger.release_batch()
+                else:
+                    self._flush_left = 0
                 crashes = kills = 0
-                self._flush_left = max(0, self._flush_left - len(items))
+                has_given_up = False
                 waiting_since = time.monotonic()
                 self._wake.set()
             except TrainerGone as error:
@@ -323,7 +332,13 @@ class Learner:
                 crashes, kills = crashes + error.crashed, kills + error.killed
                 if crashes >= _MAX_CRASHES or kills >= _MAX_KILLS:
                     reason = f"the trainer ended {crashes + kills} times on this batch: {error}"
-                    if await self._give_up(items, reason):
+                    if has_given_up:
+                        # And on the one before: it is not the votes.
+                        self.last_error, self.paused = f"training is paused: {reason}", True
+                        logger.error("%s", self.last_error)
+                        crashes = kills = 0
+                    elif await self._give_up(items, reason):
+                        has_given_up = True
                         crashes = kills = 0
             except Exception as error:
                 # Whatever goes wrong here must not end learning for good, nor touch serving.
@@ -352,21 +367,22 @@ class Learner:
         self._wake.set()
         return True
 
-    async def _train(self, items: list[TrainingItem]) -> None:
+    async def _train(self, items: list[TrainingItem]) -> int:
+        """One step; how many of the votes are not pending any more."""
         version, step, parent = self._next_version, self.step + 1, self.live
         samples, failed = train_samples(items, self.config.objective, self._manager.tokenizer)
         if failed:
             await self.ledger.fail_feedback(failed)
             items = [item for item in items if item.feedback_id not in failed]
         if not samples:
-            return
+            return len(failed)
         request = messages.Train(step=step, parent=parent, version=version, samples=samples)
         self._training = True
         try:
             answer = await self.trainer.step(request)
             if isinstance(answer, messages.StepFailed):
-                await self._step_failed(answer, items)
-                return
+                await self._step_failed(answer)
+                return len(failed) + len(answer.failed)
             metrics: dict[str, Any] = {
                 **answer.metrics,
                 "tokens_reused": answer.tokens_reused,
@@ -403,10 +419,11 @@ class Learner:
             if self._metrics is not None:
                 self._metrics.on_step(metrics)
             logger.info("step %d → v%d: %s", step, version, _brief(metrics))
+            return len(failed) + (len(items) if proven is not None else len(answer.failed))
         finally:
             self._training = False
 
-    async def _step_failed(self, answer: messages.StepFailed, items: list[TrainingItem]) -> None:
+    async def _step_failed(self, answer: messages.StepFailed) -> None:
         self.last_error = answer.reason
         logger.error("step %d failed: %s", answer.step, answer.reason)
         if answer.failed:
@@ -519,8 +536,10 @@ class Learner:
         Raises:
             NotFound: no such version. Conflict: it failed or its directory is gone.
         """
-        found = await self.ledger.get_version(version)
         async with self._publishing:
+            found = await self.ledger.get_version(version)
+            if found.state == "failed":
+                raise Conflict(f"version v{version} failed: {found.reason}", "version")
             if version and version not in self.publisher.loaded:
                 if found.path is None or not Path(found.path).is_dir():
                     raise Conflict(f"version v{version} is no longer kept")
@@ -530,6 +549,7 @@ class Learner:
                     raise Conflict(str(error)) from error
             await self.ledger.set_version_state(version, "live", None)
             await self._went_live(version)
+            await self.publisher.retire({version})
 
     async def rollback(self) -> None:
         """Make the live version's nearest servable ancestor live.

@@ -71,8 +71,10 @@ class Ledger(VersionTables):
         """
         super().__init__(Store(Path(path), MIGRATIONS), now)
         self._keep_completions = keep_completions
-        self._num_added = 0
+        # A server that is started often prunes, too: with its first completion.
+        self._num_added = _PRUNE_EVERY - 1
         self._claimed: set[str] = set()
+        self._digests: votes.Digests = {}
         # Requests being streamed (None), and finished ones that could not be written (the completion).
         self._open: dict[str, Completion | None] = {}
         self._open_lock = threading.Lock()
@@ -146,11 +148,13 @@ class Ledger(VersionTables):
 
     def _insert_completion(self, db: sqlite3.Connection, completion: Completion) -> int:
         rid, now = completion.id, self._now()
+        self._digests.pop(rid, None)
         old = votes.completion_row(db, rid)
         if old is not None:
             has_votes = db.execute("SELECT 1 FROM feedback WHERE completion_id = ?", (rid,))
-            if old["state"] != "streaming" and has_votes.fetchone():
-                # A client may choose its request ids; what a vote is about must not change under it.
+            if old["state"] != "streaming" and old["response_ids"] and has_votes.fetchone():
+                # A client may choose its request ids; what a vote is about must not change under it. One without tokens
+                # was given up before its report came.
                 logger.warning(
                     "completion %s exists and has feedback; the new one is not kept", rid
                 )
@@ -345,7 +349,7 @@ class Ledger(VersionTables):
         """
 
         def operation(db: sqlite3.Connection) -> list[TrainingItem]:
-            matches = (votes.pick_pairs if pairs else votes.pick_oldest)(db, limit, versions)
+            matches = self._pick(db, limit, versions, pairs)
             completion_columns = ", ".join(f"c.{c}" for c in COMPLETION_COLUMNS.split(", "))
             rows = db.execute(
                 f"SELECT f.id AS feedback_id, f.rating, f.correction, {completion_columns}"
@@ -382,9 +386,15 @@ class Ledger(VersionTables):
         return self._store.read(lambda db: int(db.execute(query, (state,)).fetchone()[0]))
 
     def num_trainable(self, limit: int, *, pairs: bool = False) -> Answer[int]:
-        """How many votes `next_batch` would give. With `pairs` it compares the prompts of all pending votes."""
-        pick = votes.pick_pairs if pairs else votes.pick_oldest
-        return self._store.read(lambda db: len(pick(db, limit, ())))
+        """How many votes `next_batch` would give."""
+        return self._store.read(lambda db: len(self._pick(db, limit, (), pairs)))
+
+    def _pick(
+        self, db: sqlite3.Connection, limit: int, versions: Sequence[int], pairs: bool
+    ) -> dict[str, str]:
+        if pairs:
+            return votes.pick_pairs(db, limit, versions, self._digests)
+        return votes.pick_oldest(db, limit, versions)
 
     def fail_feedback(self, reasons: Mapping[str, str]) -> Answer[None]:
         """Pending votes that cannot be trained: feedback id → why."""

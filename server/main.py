@@ -8,6 +8,7 @@ import logging
 import os
 import signal
 import socket
+import stat
 import sys
 import tempfile
 from pathlib import Path
@@ -24,7 +25,7 @@ from alchemist.protocol.models import UnsupportedModelError, require_supported
 from alchemist.server import options, processes
 from alchemist.server.config import Config
 from alchemist.server.data_dir import check_data_dir, open_ledger
-from alchemist.server.errors import EngineFailed, LaunchError
+from alchemist.server.errors import EngineFailed, LaunchError, LedgerError
 from alchemist.server.ledger import Ledger
 from alchemist.server.machine_memory import free_memory_bytes
 from alchemist.server.run import Run
@@ -46,7 +47,7 @@ def main(argv: list[str] | None = None) -> None:
     status = 0
     try:
         _launch(config, sglang_argv)
-    except LaunchError as error:
+    except (LaunchError, LedgerError) as error:
         print(f"alchemist: error: {error}", file=sys.stderr)
         status = 2
     except EngineFailed as error:
@@ -129,6 +130,9 @@ def _serve(config: Config, run: Run, lease: Lease, ledger: Ledger, server_args: 
             run_scheduler_process_func=processes.run_scheduler,
             run_detokenizer_process_func=processes.run_detokenizer,
         )
+    except AssertionError as error:
+        # By these SGLang refuses arguments that do not go together.
+        raise LaunchError(" ".join(str(error).split()) or repr(error)) from error
     except RuntimeError as error:
         raise EngineFailed(f"SGLang did not start: {error}") from error
 
@@ -158,8 +162,11 @@ def with_defaults(config: Config, argv: list[str]) -> list[str]:
     flags["--max-lora-rank"] = [str(config.lora_rank)]
     flags["--lora-target-modules"] = list(config.target_modules)
     flags["--max-loras-per-batch"] = ["4"]
-    # SGLang's own eviction could take the live version; ours runs first, two below this.
-    flags["--max-loaded-loras"] = [str(num_loaded(config))]
+    # SGLang's own eviction could take the live version; ours runs first, two below this or more. It wants room for all
+    # that a batch may have.
+    at_once = _value("--max-loras-per-batch", argv, "4")
+    loaded = max(num_loaded(config), int(at_once) if at_once.isdigit() else 0)
+    flags["--max-loaded-loras"] = [str(loaded)]
     # An idle scheduler that spins would take the time the trainer could use.
     flags["--sleep-on-idle"] = []
     if torch.cuda.is_available():
@@ -184,6 +191,12 @@ def with_defaults(config: Config, argv: list[str]) -> list[str]:
         word for flag, values in flags.items() if flag not in given for word in (flag, *values)
     ]
     return [*argv, *extra]
+
+
+def _value(flag: str, argv: list[str], default: str) -> str:
+    """Of a flag as the user gave it, last."""
+    words = [part for word in argv for part in word.split("=", 1)]
+    return next((words[i + 1] for i in range(len(words) - 2, -1, -1) if words[i] == flag), default)
 
 
 def num_loaded(config: Config) -> int:
@@ -259,7 +272,7 @@ def _check(config: Config, server_args: Any) -> None:
             f"--activation-host-gb is {config.activation_host_bytes / 2**30:.1f} GiB; "
             f"allowed: auto, or up to the {free / 2**30:.1f} GiB that are free"
         )
-    _check_model(config, server_args.model_path)
+    _check_model(config, server_args)
     _check_port(server_args.host, server_args.port)
     if not config.no_train:
         _check_device(config, server_args)
@@ -282,6 +295,10 @@ def _check_device(config: Config, server_args: Any) -> None:
         "SGLANG_ENABLE_POST_CAPTURE_KV_SIZING is set": server_args.post_capture_kv_sizing_planned(),
     }
     if config.record != "none":
+        if config.activation_dtype == "fp8" and torch.cuda.get_device_capability() < (8, 9):
+            raise LaunchError(
+                "--activation-dtype is fp8; allowed on this GPU: auto (it has no float8)"
+            )
         prefill = server_args.cuda_graph_config.prefill.backend
         refused |= {
             f"the prefill CUDA graph's backend is {prefill}": prefill != "disabled",
@@ -302,11 +319,21 @@ def _check_model_path(argv: list[str]) -> None:
         raise LaunchError(f"--model-path {path}: there is no model here (config.json is missing)")
 
 
-def _check_model(config: Config, path: str) -> None:
+def _check_model(config: Config, server_args: Any) -> None:
     if config.no_train:
         return
     from transformers import AutoConfig
 
+    # The trainer reads the model's own configuration.
+    for flag, value, default in (
+        ("--json-model-override-args", server_args.json_model_override_args, "{}"),
+        ("--revision", server_args.revision, None),
+    ):
+        if value not in (default, None, ""):
+            raise LaunchError(
+                f"{flag} is {value}; allowed: a model directory that says so itself (or add --no-train)"
+            )
+    path = server_args.model_path
     try:
         model = AutoConfig.from_pretrained(path)
     except (OSError, ValueError) as error:
@@ -318,6 +345,13 @@ def _check_model(config: Config, path: str) -> None:
         raise LaunchError(
             f"--model-path {path}: {error} (or add --no-train to serve it without learning)"
         ) from None
+    # SGLang makes float16 of float32 unless it is told otherwise.
+    is_wide = server_args.dtype == "auto" and model.dtype in (torch.float16, torch.float32, None)
+    if server_args.dtype in ("half", "float16") or is_wide:
+        raise LaunchError(
+            f"--dtype {server_args.dtype} serves this model in float16, in which gradients are too small to be held; "
+            "allowed: --dtype bfloat16 or float32 (or add --no-train)"
+        )
 
 
 def _check_port(host: str, port: int) -> None:
@@ -338,6 +372,8 @@ def _make_run_directory() -> str:
         # Ours is not made yet: in a container the one before may have had our number.
         is_dead = pid.isdigit() and (int(pid) == os.getpid() or not psutil.pid_exists(int(pid)))
         with contextlib.suppress(OSError):
-            if is_dead and old.stat().st_uid == os.getuid():
+            # Not through a link: what it led to would be removed.
+            found = old.lstat()
+            if is_dead and stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid():
                 processes.remove_run(old)
     return tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-")

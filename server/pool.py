@@ -175,8 +175,11 @@ class ActivationPool:
         self._ready: Ready | None = None
         """What serving gets next; some of it may be gone: see `_catch_up`."""
         self._waiting: list[tuple[Begun, torch.Tensor, torch.Tensor]] = []
+        self._waits = np.zeros(self.record_of_slot.size, dtype=bool)
+        """Which KV slots are those of tokens that wait."""
         """See `record_later`: what it returned, slots and positions."""
         self._to_hedge: deque[tuple[Ids, Ids]] = deque()
+        self._num_to_hedge = 0
         self.answers = Answers(self._gen)
         _, self._first_rate = self.answers.rates(0.0)
         self._half_flops = layout.half_flops_position
@@ -231,7 +234,9 @@ class ActivationPool:
         for table in (self.state, self._refs, self.answers.wants):
             table.fill(0)
         self._to_hedge.clear()
+        self._num_to_hedge = 0
         self._waiting.clear()
+        self._waits.fill(False)
         self._ready = None
         self._line.reset(_NOBODY)
         self._copied_line.reset(_NOBODY)
@@ -245,6 +250,9 @@ class ActivationPool:
         loop.
         """
         if isinstance(self.device, GpuTier):
+            if not (len(self.arrivals) or self.device.num_copies or self._lacks_stock):
+                # What was made ready for serving stays.
+                return
             # Rows with borrowed slots may come below, and copies be complete.
             self._catch_up()
             self._restock()
@@ -268,10 +276,15 @@ class ActivationPool:
         """Have rows in hand that can be recorded into. Not as soon as one is gone, nor while serving is about to want
         what is lent: it would be handed to and fro.
         """
-        if isinstance(self.device, GpuTier) and self.stopped is None:
-            stock = min(STOCK, self.num_device_rows)
-            if len(self.device.spare) <= stock // 2 and self._lender.has_plenty:
-                self.device.borrow(stock)
+        if self._lacks_stock:
+            self.device.borrow(min(STOCK, self.num_device_rows))
+
+    @property
+    def _lacks_stock(self) -> bool:
+        if not isinstance(self.device, GpuTier) or self.stopped is not None:
+            return False
+        few = min(STOCK, self.num_device_rows) // 2
+        return len(self.device.spare) <= few and self._lender.has_plenty
 
     # Recording
 
@@ -298,6 +311,7 @@ class ActivationPool:
         assert not self.arrivals.is_deferred
         begun = Begun()
         self._waiting.append((begun, slots, positions))
+        self._waits[slots.numpy()] = True
         return begun
 
     def begin_waiting(self) -> None:
@@ -306,6 +320,7 @@ class ActivationPool:
             return
         self._catch_up()
         waiting, self._waiting = self._waiting, []
+        self._waits.fill(False)
         all_begun, slots, positions = zip(*waiting, strict=True)
         rows = self._record(torch.cat(slots), torch.cat(positions))
         gens, start = self.gens[rows], 0
@@ -359,6 +374,16 @@ class ActivationPool:
         mine = records[:count][alive[:count]]
         if self.num_host_rows and mine.size:
             self._to_hedge.append((mine, self._gen[mine]))
+            self._num_to_hedge += mine.size
+            if self._num_to_hedge > 2 * self.num_device_rows:
+                self._forget_ended()
+
+    def _forget_ended(self) -> None:
+        """Of the rows that wait for their copy keep those that are: on a server that is never idle most have ended."""
+        records, gens = (np.concatenate(part) for part in zip(*self._to_hedge, strict=True))
+        waits = (self._gen[records] == gens) & (self.state[records] == RowState.DEVICE)
+        self._to_hedge = deque([(records[waits], gens[waits])])
+        self._num_to_hedge = int(waits.sum())
 
     def write(self, layer: int, field: str, rows: Ids, value: torch.Tensor) -> None:
         """Store a field [n, `layout.widths`] of `rows` [n], those on the device before those on the host."""
@@ -412,7 +437,7 @@ class ActivationPool:
         if page > 1:
             pages = np.unique(index // page)
             index = (pages[:, None] * page + np.arange(page)).reshape(-1)
-        if any(np.isin(waiting.numpy(), index).any() for _, waiting, _ in self._waiting):
+        if self._waiting and self._waits[index].any():
             self.begin_waiting()
         # Serving frees slots and wants others in the same loop: what is ready for it stays.
         self._enter()
@@ -439,6 +464,7 @@ class ActivationPool:
         self.settle(wait=True)
         self._catch_up()
         self._waiting.clear()
+        self._waits.fill(False)
         held = self._slot[self._slot >= 0]
         if held.size:
             self._end_slots(torch.from_numpy(held))
@@ -549,7 +575,7 @@ class ActivationPool:
     @property
     def num_to_hedge(self) -> int:
         """Rows that wait for their copy; some may have ended meanwhile."""
-        return sum(records.size for records, _ in self._to_hedge)
+        return self._num_to_hedge
 
     @caught_up
     def hedge(self, max_rows: int) -> int:
@@ -559,11 +585,13 @@ class ActivationPool:
             self.arrivals.settle()
         while self._to_hedge:
             records, gens = self._to_hedge.popleft()
+            self._num_to_hedge -= records.size
+            fresh = (self._gen[records] == gens) & (self.state[records] == RowState.DEVICE)
+            records, gens = records[fresh], gens[fresh]
             if records.size > max_rows:
                 self._to_hedge.appendleft((records[max_rows:], gens[max_rows:]))
-                records, gens = records[:max_rows], gens[:max_rows]
-            fresh = (self._gen[records] == gens) & (self.state[records] == RowState.DEVICE)
-            records = records[fresh]
+                self._num_to_hedge += records.size - max_rows
+                records = records[:max_rows]
             if not records.size:
                 continue
             if records.size > len(self._free_host):

@@ -2,13 +2,21 @@
 
 Never a reload under an old name (the radix tree would serve the old version's keys and values), never an unload of an
 adapter that a request still uses (SGLang would hold back every load until it is drained).
+
+Who uses an adapter is counted here. SGLang's own count drifts: a request whose client goes away, or that is refused
+after it was given its adapter, is never taken off, and of `n` samples one too many is. It unloads what it counts 0
+users of, and waits for that, with every other load, for as long as it takes.
 """
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import logging
 import time
 import uuid
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +26,12 @@ from alchemist.server.errors import Unavailable
 logger = logging.getLogger(__name__)
 
 PROBE_PREFIX = "alchemist-probe-"
+HEALTH_PREFIX = "HEALTH_CHECK"
+"""SGLang's own, of requests that are no client's."""
+_DRAINED_S = 10.0
+"""For so long the scheduler may still compute for a request that nobody waits for any more."""
+_UNLOAD_S = 60.0
+"""An unload that takes longer is given up, so that others can be loaded."""
 
 
 class PublishRefused(Unavailable):
@@ -41,6 +55,19 @@ class Proven(NamedTuple):
     probe_s: float
 
 
+class _Nobody:
+    """Stands for SGLang's count of an adapter's users once there are none: an unload waits until it is 0."""
+
+    def value(self) -> int:
+        return 0
+
+    async def increment(self, n: int = 1, notify_all: bool = True) -> None: ...
+
+    async def decrement(self, n: int = 1, notify_all: bool = True) -> None: ...
+
+    async def wait_for_zero(self) -> None: ...
+
+
 class Publisher:
     """Owns which versions are loaded in the engine."""
 
@@ -56,6 +83,22 @@ class Publisher:
         """version → lora_id."""
         self.live = 0
         """The version that answers requests which do not pin one."""
+        self._users: Counter[int] = Counter()
+        self._left: dict[int, float] = {}
+        """When the last request that did not end by itself left a version; monotonic seconds."""
+
+    @contextlib.contextmanager
+    def in_use(self, versions: Sequence[int]) -> Iterator[None]:
+        """While a request is computed with them: they stay loaded."""
+        self._users.update(versions)
+        try:
+            yield
+        except BaseException:
+            # Also a client that goes away. The scheduler hears of it later.
+            self._left |= dict.fromkeys(versions, time.monotonic())
+            raise
+        finally:
+            self._users.subtract(versions)
 
     async def load(self, version: int, path: str) -> Proven:
         """Load and prove a version.
@@ -66,6 +109,13 @@ class Publisher:
         from sglang.srt.managers.io_struct import LoadLoRAAdapterReqInput
 
         name = f"v{version}"
+        await self.retire({self.live})
+        room = self._manager.server_args.max_loaded_loras
+        if room is not None and len(self.loaded) >= room:
+            # SGLang would take out the one used longest ago, and wait for its users.
+            raise PublishRefused(
+                f"version {name}: all {room} adapters that may be loaded are in use", is_busy=True
+            )
         try:
             proof = manifest.decode((Path(path) / manifest.FILE).read_bytes())
         except (OSError, ValueError) as error:
@@ -132,7 +182,7 @@ class Publisher:
         for version in sorted(self.loaded):
             if len(self.loaded) <= self._keep:
                 break
-            if version in keep or self._num_users(self.loaded[version]):
+            if version in keep or self._is_in_use(version):
                 continue
             # First, so that no request is given it while it is on its way out.
             del self.loaded[version]
@@ -140,13 +190,21 @@ class Publisher:
             gone.append(version)
         return gone
 
-    def _num_users(self, lora_id: str) -> int:
-        counter = self._manager.lora_registry._counters.get(lora_id)
-        return int(counter.value()) if counter is not None else 0
+    def _is_in_use(self, version: int) -> bool:
+        recently = time.monotonic() - self._left.get(version, -_DRAINED_S) < _DRAINED_S
+        return self._users[version] > 0 or recently
 
     async def _unload(self, name: str) -> None:
         from sglang.srt.managers.io_struct import UnloadLoRAAdapterReqInput
 
-        result = await self._manager.unload_lora_adapter(UnloadLoRAAdapterReqInput(lora_name=name))
-        if not result.success:
-            logger.warning("version %s was not unloaded: %s", name, result.error_message)
+        lora_id = self._manager.lora_ref_cache[name].lora_id
+        self._manager.lora_registry._counters[lora_id] = _Nobody()
+        request = UnloadLoRAAdapterReqInput(lora_name=name)
+        try:
+            async with asyncio.timeout(_UNLOAD_S):
+                result = await self._manager.unload_lora_adapter(request)
+            problem = None if result.success else result.error_message
+        except TimeoutError:
+            problem = f"SGLang did not do it in {_UNLOAD_S:.0f} s"
+        if problem:
+            logger.warning("version %s was not unloaded: %s", name, problem)

@@ -93,7 +93,18 @@ ROUTES: dict[str, RouteClass] = {
 }
 """Path template, as the app has it → class."""
 
-_OURS = ("/v1/feedback", "/v1/training", "/v1/versions", "/v1/completions/")
+_PRIVATE = (
+    *("/v1/feedback", "/v1/training", "/v1/versions", "/v1/completions/"),
+    *("/server_info", "/get_server_info"),
+)
+"""What without a key no web page may reach through its visitor's browser."""
+
+
+_TRAINED_FROM = (
+    *("/update_weights_from_", "/load_lora_adapter", "/unload_lora_adapter"),
+    *("/release_memory_occupation", "/resume_memory_occupation"),
+)
+"""What would change the weights that the trainer maps and versions were made for, or the adapters that are versions."""
 
 
 class Leaf(NamedTuple):
@@ -137,14 +148,19 @@ class RouteGuard:
         app: ASGIApp,
         *,
         routes: Sequence[BaseRoute],
+        host: str = "localhost",
+        is_training: bool = False,
         api_key: str | None = None,
         admin_api_key: str | None = None,
     ) -> None:
         """Args:
         routes: of the app itself; read when requests come, since routes are still added after this.
+        host: the server's `--host`.
+        is_training: whether there is a trainer.
         """
         self.app = app
         self._routes = routes
+        self._host, self._is_training = host, is_training
         self._api_key = api_key or None
         self._admin_api_key = admin_api_key or None
         self._leaves: list[Leaf] = []
@@ -174,9 +190,28 @@ class RouteGuard:
         if len(known) < len(kinds):
             return Forbidden(f"{path} is not classified; this server does not serve it")
         refusal = self._judge_key(max(known, key=_STRICTNESS.__getitem__), headers, path)
-        if refusal is None and self._api_key is None and path.startswith(_OURS):
-            return _judge_origin(scope, headers)
+        if refusal is None and self._is_training and path.startswith(_TRAINED_FROM):
+            return Forbidden(
+                f"{path} is served with --no-train only: versions are made for these weights"
+            )
+        if refusal is None and self._api_key is None and path.startswith(_PRIVATE):
+            return self._judge_host(headers) or _judge_origin(headers)
         return refusal
+
+    def _judge_host(self, headers: Headers) -> UserError | None:
+        # A web page whose own name leads to this machine is, for its visitor's browser, this server.
+        host = headers.get("host")
+        if host is None:
+            return None
+        try:
+            name = urlsplit(f"//{host}").hostname or ""
+        except ValueError:
+            name = ""
+        if _is_address(name) or name in ("localhost", self._host):
+            return None
+        return Forbidden(
+            f"header Host is {host}; allowed here without an API key: localhost, or this machine's address"
+        )
 
     def _all_leaves(self) -> list[Leaf]:
         if len(self._routes) != self._num_routes:
@@ -228,7 +263,15 @@ def _is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def _judge_origin(scope: Scope, headers: Headers) -> UserError | None:
+def _is_address(host: str) -> bool:
+    try:
+        ipaddress.ip_address(host.strip("[]"))
+    except ValueError:
+        return False
+    return True
+
+
+def _judge_origin(headers: Headers) -> UserError | None:
     # Without a key any web page could vote through its visitor's browser: SGLang allows every origin.
     origin = headers.get("origin")
     if origin is None:

@@ -109,11 +109,19 @@ def completion_row(completion: Completion, created: float) -> tuple[Any, ...]:
         np.asarray(completion.prompt_ids, dtype="<i4").tobytes(),
         np.asarray(completion.response_ids, dtype="<i4").tobytes(),
         np.asarray(completion.response_logprobs, dtype="<f4").tobytes(),
-        msgspec.json.encode(completion.sampling, enc_hook=str).decode(),
+        _sampling_json(completion.sampling),
         completion.finish_reason,
         completion.extra_key,
         completion.state,
     )
+
+
+def _sampling_json(sampling: dict[str, Any]) -> str:
+    try:
+        return msgspec.json.encode(sampling, enc_hook=str).decode()
+    except (UnicodeEncodeError, RecursionError):
+        # A client's own text: lone surrogates. The answer matters more.
+        return "{}"
 
 
 def to_completion(row: sqlite3.Row) -> Completion:

@@ -77,6 +77,32 @@ class VersionTables:
         """All versions, oldest first, v0 among them."""
         return self._store.read(lambda db: _versions(db, self.directory, has_votes=True))
 
+    def list_versions(
+        self, *, limit: int = 20, after: int | None = None, is_ascending: bool = False
+    ) -> Answer[tuple[list[Version], bool]]:
+        """A page of versions, newest first, and whether more follow.
+
+        `after` is the last version of the page before; NotFound if there is none.
+        """
+
+        def operation(db: sqlite3.Connection) -> tuple[list[Version], bool]:
+            where = "1"
+            values: tuple[int, ...] = ()
+            if after is not None:
+                values = (after,)
+                if not db.execute("SELECT 1 FROM versions WHERE version = ?", values).fetchone():
+                    raise NotFound(f"no version v{after} to list after", "after")
+                where = f"version {'>' if is_ascending else '<'} ?"
+            order = "ASC" if is_ascending else "DESC"
+            query = f"SELECT version FROM versions WHERE {where} ORDER BY version {order} LIMIT ?"
+            found = [row["version"] for row in db.execute(query, (*values, limit + 1))]
+            page = [
+                _versions(db, self.directory, number, has_votes=True)[0] for number in found[:limit]
+            ]
+            return page, len(found) > limit
+
+        return self._store.read(operation)
+
     def get_version(self, version: int) -> Answer[Version]:
         """Raises NotFound."""
 
@@ -173,7 +199,8 @@ class VersionTables:
         Votes that wait for an answer which never finished fail. Of the staged versions the newest whose directory is
         there, and that was trained from the live one, stays staged, to be published; those in between, which it
         contains, are retired, and others fail, their votes pending again. A live version whose directory is gone
-        fails, and the newest one that can be served takes its place, v0 at worst.
+        fails, and its nearest ancestor that can be served takes its place, v0 at worst; the votes in between are
+        pending again, but where a staged version contains them.
         """
 
         def operation(db: sqlite3.Connection) -> Recovery:
@@ -194,9 +221,6 @@ class VersionTables:
             was_live = next((v.version for v in newest_first if v.state == "live"), 0)
             states = {v.version: v.state for v in newest_first if v.version in there}
             live = next((n for n, state in states.items() if state == "live"), None)
-            if live is None:
-                live = next((n for n, state in states.items() if state == "retired"), 0)
-                _set(db, live, "live", "the live version's directory was gone")
             staged = [n for n, state in states.items() if state == "staged"]
             skipped = {v.version for v in newest_first if v.reason == _SKIPPED} | {*staged}
             given_up: set[int] = set()
@@ -208,6 +232,14 @@ class VersionTables:
                 if parent == was_live:
                     break
                 line = []
+            if live is None:
+                live = was_live
+                while live and states.get(live) != "retired":
+                    if not line:
+                        # Else what is about to be published contains them.
+                        votes.requeue(db, live, self._now())
+                    live = parents[live] or 0
+                _set(db, live, "live", "the live version's directory was gone")
             for number in staged:
                 if number in line[1:]:
                     _set(db, number, "retired", _SKIPPED)

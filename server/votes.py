@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import sqlite3
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -70,17 +71,47 @@ def pick_oldest(db: sqlite3.Connection, limit: int, versions: Sequence[int]) -> 
     return dict.fromkeys((row["id"] for row in rows), "")
 
 
-def pick_pairs(db: sqlite3.Connection, limit: int, versions: Sequence[int]) -> dict[str, str]:
+Digests = dict[str, tuple[bytes, bytes]]
+"""Of completions, by id: short ones of the prompt and of the response."""
+
+
+def _read_digests(db: sqlite3.Connection, completion_ids: Sequence[str]) -> Digests:
+    rows = db.execute(
+        "SELECT id, prompt_ids, response_ids FROM completions"
+        " WHERE id IN (SELECT value FROM json_each(?))",
+        (msgspec.json.encode(completion_ids).decode(),),
+    )
+    return {row["id"]: (_digest(row["prompt_ids"]), _digest(row["response_ids"])) for row in rows}
+
+
+def _digest(ids: bytes) -> bytes:
+    return hashlib.blake2b(ids, digest_size=16).digest()
+
+
+def pick_pairs(
+    db: sqlite3.Connection, limit: int, versions: Sequence[int], digests: Digests
+) -> dict[str, str]:
     """Pending votes that make preference pairs, feedback id → pair: about `limit`, in the same order.
 
     A vote with a correction is a pair by itself. Of others, two make one: opposite votes on different answers
     to the same prompt. A vote without a partner is left out, and stays pending.
+
+    Args:
+        digests: kept between calls, so that no completion is read twice; those of pending votes are in it afterwards.
     """
     rows = db.execute(
-        "SELECT f.id, f.rating, f.correction IS NOT NULL AS is_pair, c.prompt_ids, c.response_ids "
-        + _PENDING,
+        "SELECT f.id, f.rating, f.completion_id, f.correction IS NOT NULL AS is_pair " + _PENDING,
         (_json(versions),),
+    ).fetchall()
+    # The reader's thread and the writer's share them.
+    kept = dict(digests)
+    known = {rid: kept[rid] for row in rows if (rid := row["completion_id"]) in kept}
+    known |= _read_digests(
+        db, list({rid for row in rows if (rid := row["completion_id"]) not in kept})
     )
+    digests.update(known)
+    for rid in kept.keys() - known.keys():
+        digests.pop(rid, None)
     picked: dict[str, str] = {}
     alone: dict[tuple[bytes, int], dict[str, bytes]] = {}
     for row in rows:
@@ -89,11 +120,12 @@ def pick_pairs(db: sqlite3.Connection, limit: int, versions: Sequence[int]) -> d
         if row["is_pair"]:
             picked[row["id"]] = row["id"]
             continue
-        opposite = alone.get((row["prompt_ids"], -row["rating"]), {})
-        partner = next((f for f, ids in opposite.items() if ids != row["response_ids"]), None)
+        prompt, response = known[row["completion_id"]]
+        opposite = alone.get((prompt, -row["rating"]), {})
+        partner = next((f for f, other in opposite.items() if other != response), None)
         if partner is None:
-            same = alone.setdefault((row["prompt_ids"], row["rating"]), {})
-            same[row["id"]] = row["response_ids"]
+            same = alone.setdefault((prompt, row["rating"]), {})
+            same[row["id"]] = response
         else:
             del opposite[partner]
             picked[partner] = picked[row["id"]] = partner

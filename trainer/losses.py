@@ -16,6 +16,8 @@ KTO, arXiv 2402.01306; APO, arXiv 2408.06266; DPO, arXiv 2305.18290, its section
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
@@ -89,8 +91,17 @@ def kl_estimate(kl_logps: Tensor, reference_kl_logps: Tensor) -> Tensor:
     return (kl_logps - reference_kl_logps).mean().detach().clamp(min=0)
 
 
-def rotate_completions(n: int) -> list[int]:
-    """Whose completion goes under prompt i in the KL estimate: the previous one's, the first takes
-    the last's.
+def mismatched_completions(
+    pairs: Sequence[tuple[Sequence[int], Sequence[int]]],
+) -> list[int | None]:
+    """Whose completion goes under each prompt in the KL estimate: the one before's, the first takes the last's, as TRL
+    does. Where that is the same prompt or the same completion, the nearest one before it that is neither: with its own
+    completion the estimate would be the reward. None: there is no such one.
     """
-    return [(i - 1) % n for i in range(n)]
+    whole = [(tuple(prompt), tuple(response)) for prompt, response in pairs]
+    sources: list[int | None] = []
+    for i, (prompt, response) in enumerate(whole):
+        before = [(i - distance) % len(whole) for distance in range(1, len(whole))]
+        others = (j for j in before if whole[j][0] != prompt and whole[j][1] != response)
+        sources.append(next(others, None))
+    return sources

@@ -43,12 +43,12 @@ class RowDesk:
 
     def _receive(self, ticket: int) -> messages.CheckedOut | None:
         deadline = time.monotonic() + self._timeout
-        while (left := deadline - time.monotonic()) > 0:
-            if self._socket.poll(int(left * 1000) + 1):
-                message = messages.decode_to_trainer(self._socket.recv())
-                # A late answer to an earlier question is nobody's any more.
-                if isinstance(message, messages.CheckedOut) and message.ticket == ticket:
-                    return message
+        # Looked at after the deadline, too: this process may have been stopped until then, with the answer there.
+        while self._socket.poll(max(0, int((deadline - time.monotonic()) * 1000) + 1)):
+            message = messages.decode_to_trainer(self._socket.recv())
+            # A late answer to an earlier question is nobody's any more.
+            if isinstance(message, messages.CheckedOut) and message.ticket == ticket:
+                return message
         return None
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from .batch import Pair, TokenBatch
 from .families import ModelShape
 from .lora import LoraAdapter
-from .losses import kl_estimate, rotate_completions
+from .losses import kl_estimate, mismatched_completions
 from .objective import Objective, Sample, SampleResult, StepGradients, VersionGroup
 from .replay import Gate, Phases, Replay
 from .rows import ActivationView, Recorded, RowsRevoked
@@ -139,13 +139,19 @@ class ReplayEngine:
         sequences: Sequence[Pair],
         adapter: LoraAdapter | None,
         recorded: Sequence[Recorded | None] | None = None,
+        begun: Callable[[list[int]], None] = lambda members: None,
     ) -> tuple[list[Tensor], int]:
-        """`score`, with its time put under `phase`; also the number of tokens computed."""
+        """`score`, with its time put under `phase`; also the number of tokens computed.
+
+        Args:
+            begun: told which sequences are computed next, by index.
+        """
         records = list(recorded) if recorded is not None else [None] * len(sequences)
         results: list[Tensor] = [torch.empty(0)] * len(sequences)
         computed = 0
         replay = self.replay(phases)
         for members in self.micro_batches(sequences):
+            begun(members)
             with phases.phase(phase):
                 batch = TokenBatch(
                     [], [sequences[i] for i in members], [records[i] for i in members], self._device
@@ -231,8 +237,10 @@ class _Step:
         self.loss = StepLoss(objective, self.samples)
         self.tokens_reused = self.tokens_recomputed = self.tokens_reference = 0
         self.rows_revoked = 0
+        self.no_estimate: set[int] = set()
+        """Samples that have no part in the KL estimate."""
         self.running: list[int] = []
-        """Members of the micro-batch that is differentiated."""
+        """The samples that are computed."""
 
     def run(self) -> StepGradients:
         used = [i for i, s in enumerate(self.samples) if s.label or self.objective.name != "sft"]
@@ -276,19 +284,16 @@ class _Step:
         return dict(zip(every, zip(results, d_logps, strict=True), strict=True))
 
     def _mismatched_pairs(self) -> dict[int, Pair]:
-        """By sample: its prompt with the completion before it, where the log-ratio is not zero by
-        construction. None for a single sample: with its own completion the estimate would be its reward (TRL
-        refuses such a batch).
-        """
-        is_estimated = self.objective.name == "kto" and self.objective.reference == "base"
-        if not is_estimated or len(self.samples) == 1:
+        """By sample: its prompt with another one's completion, where the log-ratio is not zero by construction."""
+        if self.objective.name != "kto" or self.objective.reference != "base":
             return {}
+        sources = mismatched_completions([sample.pair for sample in self.samples])
+        self.no_estimate = {i for i, source in enumerate(sources) if source is None}
         zero = [adapter.is_zero for adapter in self.adapters]
-        source = rotate_completions(len(self.samples))
         return {
-            i: (sample.prompt_ids, self.samples[source[i]].response_ids)
-            for i, sample in enumerate(self.samples)
-            if not zero[self.group_of[i]]
+            i: (self.samples[i].prompt_ids, self.samples[source].response_ids)
+            for i, source in enumerate(sources)
+            if source is not None and not zero[self.group_of[i]]
         }
 
     def _reference(
@@ -302,7 +307,9 @@ class _Step:
         zero = [adapter.is_zero for adapter in self.adapters]
         needed = [i for i in used if not zero[self.group_of[i]]]
         pairs = [self.samples[i].pair for i in needed] + list(mismatched.values())
-        logps, computed = self.engine.score_with(self.phases, "reference", pairs, None)
+        logps, computed = self.engine.score_with(
+            self.phases, "reference", pairs, None, begun=self._begun([*needed, *mismatched])
+        )
         self.tokens_reference = computed
         rest = [token_logps.sum() for token_logps in logps[len(needed) :]]
         return (
@@ -311,12 +318,26 @@ class _Step:
         )
 
     def _kl(self, policy: dict[int, Tensor], reference: dict[int, Tensor]) -> float:
-        """Over all completions of the step; those missing here have a log-ratio of zero."""
-        zeros = torch.zeros(len(self.samples), dtype=torch.float64)
+        """Over all completions of the step that have one; those missing here have a log-ratio of zero."""
+        estimated = [i for i in range(len(self.samples)) if i not in self.no_estimate]
+        zeros = torch.zeros(len(estimated), dtype=torch.float64)
         ours, base = zeros.clone(), zeros.clone()
-        for i in policy:
-            ours[i], base[i] = policy[i], reference[i]
+        for row, i in enumerate(estimated):
+            if i in policy:
+                ours[row], base[row] = policy[i], reference[i]
         return float(kl_estimate(ours, base))
+
+    def _begun(self, samples: Sequence[int]) -> Callable[[list[int]], None]:
+        """For `score_with`: notes whose tokens are computed.
+
+        Args:
+            samples: for each sequence that is scored, by index: the sample whose prompt it has.
+        """
+
+        def note(members: list[int]) -> None:
+            self.running = sorted({samples[j] for j in members})
+
+        return note
 
     def _kl_alone(self, mismatched: dict[int, Pair], reference: dict[int, Tensor]) -> float:
         """The KL estimate before several micro-batches that all need it."""
@@ -332,8 +353,9 @@ class _Step:
         def attempt() -> tuple[list[Tensor], int]:
             records = [self._record(i, pair) for i, pair in pairs.items()]
             adapter = self.adapters[group]
+            sequences, begun = list(pairs.values()), self._begun([*pairs])
             return self.engine.score_with(
-                self.phases, "forward", list(pairs.values()), adapter, records
+                self.phases, "forward", sequences, adapter, records, begun
             )
 
         logps, computed = self._retry(pairs, attempt)
@@ -438,9 +460,13 @@ class _Step:
 
 
 def is_of_memory(error: Exception) -> bool:
-    """Whether an allocation failed: torch has a class of its own for a GPU's, and words for the CPU's."""
+    """Whether an allocation failed: torch has a class of its own for its GPU allocator's, and words for others'."""
     is_out = isinstance(error, MemoryError | torch.OutOfMemoryError)
-    return is_out or "can't allocate memory" in str(error) or "bad_alloc" in str(error)
+    return is_out or any(words in str(error) for words in _OUT_OF_MEMORY)
+
+
+_OUT_OF_MEMORY = ("can't allocate memory", "bad_alloc", "out of memory", "ALLOC_FAILED")
+"""What a CPU's allocator says; CUDA, Triton's launcher and pinned memory; cuBLAS."""
 
 
 def _num_new(sequences: Iterable[tuple[int, ...]], previous: tuple[int, ...]) -> int:

@@ -87,7 +87,7 @@ class Worker:
         memory = welcome.memory
         config = AutoConfig.from_pretrained(welcome.model_path, trust_remote_code=False)
         self.shape = ModelShape.from_config(config)
-        self._max_tokens: int = config.max_position_embeddings
+        self._max_tokens = welcome.context_length
         self._importer = Importer()
         tensors = {name: self._importer.open(handle) for name, handle in memory.weights.items()}
         self.shared_bytes = sum(t.numel() * t.element_size() for t in tensors.values())
@@ -133,6 +133,8 @@ class Worker:
         self._masters_of = -1
         if not self.store.exists(0):
             self._make_v0()
+        if self.device.type == "cuda":
+            self._try_out(weights)
         self.lease.advance(TrainerEvent.ATTACHED)
 
     def _make_view(
@@ -167,6 +169,15 @@ class Worker:
         proof = Manifest(version=0, parent=None, step=0, probe_ids=[], probe_logprobs=[])
         self.store.save(proof, masters, self._make_optimizer(masters))
 
+    def _try_out(self, weights: BaseWeights) -> None:
+        """A step of a few tokens that changes nothing: what this GPU or its software cannot do then fails the
+        start, and not the votes.
+        """
+        sample = Sample(prompt_ids=[0, 0], response_ids=[0, 0], label=True)
+        engine = ReplayEngine(weights, self.shape)
+        engine.gradients([sample], self._as_served(0), Objective(name="sft"))
+        torch.cuda.synchronize(self.device)
+
     def _make_optimizer(self, masters: LoraAdapter) -> Optimizer:
         config = OptimizerConfig(
             name=self.settings.optimizer,
@@ -184,12 +195,12 @@ class Worker:
         self.lease.advance(TrainerEvent.STEP_BEGUN)
         try:
             return self._train(request)
-        except (ArithmeticError, MemoryError, UserLossError) as error:
+        except (ArithmeticError, SampleTooLarge, UserLossError) as error:
             logger.exception("step %d failed", request.step)
             # It would fail again: its votes must not come back for ever.
             failed = {sample.feedback_id: str(error) for sample in request.samples}
             return messages.StepFailed(step=request.step, reason=str(error), failed=failed)
-        except (ValueError, OSError, RuntimeError) as error:
+        except (ValueError, OSError, RuntimeError, MemoryError) as error:
             is_out = is_of_memory(error)
             if isinstance(error, RuntimeError) and not is_out:
                 raise

@@ -22,10 +22,11 @@ _BLOCK = 4096
 def forward(
     h: Tensor, weight: Tensor, rows: Tensor, targets: Tensor, *, gradient: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """(log-probabilities [P] float32, expected rows [T, D] or None)."""
+    """(log-probabilities [P] float32, excess rows [T, D] or None)."""
     num_tokens, num_words, num_pairs = h.shape[0], weight.shape[0], rows.shape[0]
     logps = torch.empty(num_pairs, dtype=torch.float32, device=h.device)
-    expected = torch.empty_like(h) if gradient else None
+    excess = torch.empty_like(h) if gradient else None
+    starts = _starts(rows, num_tokens)
     num_chunks = -(-num_tokens * num_words * 4 // CHUNK_BYTES)
     size = max(1, -(-num_tokens // max(1, num_chunks)))
     block = min(_BLOCK, triton.next_power_of_2(num_words))
@@ -38,6 +39,8 @@ def forward(
             logits,
             probabilities,
             logsumexp,
+            starts[start:],
+            targets,
             num_words,
             WITH_PROBABILITIES=gradient,
             BLOCK=block,
@@ -46,23 +49,28 @@ def forward(
         _pick_kernel[(triton.cdiv(num_pairs, 128),)](
             logits, logsumexp, rows, targets, logps, start, n, num_words, num_pairs, BLOCK=128
         )
-        if expected is not None:
-            torch.mm(probabilities, weight, out=expected[start : start + n])
-    return logps, expected
+        if excess is not None:
+            torch.mm(probabilities, weight, out=excess[start : start + n])
+    return logps, excess
 
 
 def backward(
-    expected: Tensor, weight: Tensor, rows: Tensor, targets: Tensor, d_logps: Tensor
+    excess: Tensor, weight: Tensor, rows: Tensor, targets: Tensor, d_logps: Tensor
 ) -> Tensor:
     """d h [T, D]: every token adds up its own pairs, so the order of the sum is fixed."""
-    num_tokens, width = expected.shape
-    starts = torch.searchsorted(rows, torch.arange(num_tokens + 1, device=rows.device))
-    d_h = torch.empty_like(expected)
+    num_tokens, width = excess.shape
+    starts = _starts(rows, num_tokens)
+    d_h = torch.empty_like(excess)
     block = min(1024, triton.next_power_of_2(width))
     _backward_kernel[(num_tokens, triton.cdiv(width, block))](
-        expected, weight, starts, targets, d_logps.contiguous(), d_h, width, BLOCK=block
+        excess, weight, starts, targets, d_logps.contiguous(), d_h, width, BLOCK=block
     )
     return d_h
+
+
+def _starts(rows: Tensor, num_tokens: int) -> Tensor:
+    """[T + 1] where each token's pairs begin."""
+    return torch.searchsorted(rows, torch.arange(num_tokens + 1, device=rows.device))
 
 
 @triton.jit
@@ -70,6 +78,8 @@ def _softmax_kernel(
     logits,
     probabilities,
     logsumexp,
+    starts,
+    targets,
     num_words,
     WITH_PROBABILITIES: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -92,10 +102,14 @@ def _softmax_kernel(
     tl.store(logsumexp + row, lse)
     if WITH_PROBABILITIES:
         probabilities += row * num_words
+        pair = tl.load(starts + row)
+        has_pair = pair < tl.load(starts + row + 1)
+        first = tl.load(targets + pair, mask=has_pair, other=-1)
         for start in range(0, num_words, BLOCK):
             word = start + lane
             x = tl.load(logits + word, mask=word < num_words, other=-float("inf"))
-            p = tl.exp(x - lse).to(probabilities.dtype.element_ty)
+            p = tl.exp(x - lse) - tl.where(word == first, 1.0, 0.0)
+            p = p.to(probabilities.dtype.element_ty)
             tl.store(probabilities + word, p, mask=word < num_words)
 
 
@@ -122,17 +136,20 @@ def _pick_kernel(
 
 
 @triton.jit
-def _backward_kernel(expected, weight, starts, targets, d_logps, d_h, width, BLOCK: tl.constexpr):
+def _backward_kernel(excess, weight, starts, targets, d_logps, d_h, width, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     ok = column < width
     total = 0.0
     acc = tl.zeros([BLOCK], tl.float32)
-    for pair in range(tl.load(starts + row), tl.load(starts + row + 1)):
+    begin, end = tl.load(starts + row), tl.load(starts + row + 1)
+    first = tl.load(targets + begin, mask=begin < end, other=0)
+    base = tl.load(weight + first * width + column, mask=ok, other=0.0).to(tl.float32)
+    for pair in range(begin, end):
         d = tl.load(d_logps + pair)
         target = tl.load(targets + pair)
         w = tl.load(weight + target * width + column, mask=ok, other=0.0)
-        acc += d * w.to(tl.float32)
+        acc += d * (w.to(tl.float32) - base)
         total += d
-    e = tl.load(expected + row * width + column, mask=ok, other=0.0).to(tl.float32)
+    e = tl.load(excess + row * width + column, mask=ok, other=0.0).to(tl.float32)
     tl.store(d_h + row * width + column, (acc - total * e).to(d_h.dtype.element_ty), mask=ok)

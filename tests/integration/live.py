@@ -170,7 +170,9 @@ class Server:
         return self.http.get("/v1/training").json()
 
     def versions(self) -> list[dict[str, Any]]:
-        return self.http.get("/v1/versions").json()["data"]
+        page = self.http.get("/v1/versions", params={"limit": 100, "order": "asc"}).json()
+        assert not page["has_more"]
+        return page["data"]
 
     def receipt(self, completion_id: str) -> dict[str, Any]:
         response = self.http.get(

@@ -341,7 +341,18 @@ def test_promoting_what_is_not_there_answers_404(running):
     [
         ("/v1/completions", {"model": "base", "prompt": [99999999], "max_tokens": 1}, 400),
         ("/generate", {"input_ids": [[5, 6], [-1]]}, 400),
-        ("/generate", {"input_ids": [99999999], "rid": "HEALTH_CHECK of mine"}, 400),
+        ("/generate", {"text": "hi", "rid": "HEALTH_CHECK_of_mine"}, 400),
+        ("/generate", {"text": "hi", "rid": "alchemist-probe-1"}, 400),
+        # SGLang would abort every request whose id begins so when this client goes away.
+        ("/generate", {"text": "hi", "rid": "a"}, 400),
+        ("/generate", {"text": "hi", "rid": "\ud800 is no character"}, 400),
+        ("/generate", {"text": "hi", "extra_key": "\ud800"}, 400),
+        (
+            "/generate",
+            {"text": "hi", "sampling_params": {"custom_params": {"a": "\ud800"}}},
+            200,
+        ),
+        ("/v1/responses", {"input": "hi", "model": "v999"}, 400),
         ("/generate", {"text": "hi", "lora_path": []}, 400),
         ("/generate", {"text": "hi", "sampling_params": {"custom_params": "x"}}, 200),
         (

@@ -21,39 +21,65 @@ def vote(server: Server) -> None:
         server.vote(server.chat(question)["id"])
 
 
-def test_while_idle_is_the_policy_a_request_stops_the_trainer_in_the_middle_of_a_step(
-    tmp_path_factory,
-):
-    server = started(tmp_path_factory)
-    try:
-        for _ in range(20):
-            step = server.training()["step"]
-            for topic in ("cats", "dogs", "cows", "pigs"):
-                server.vote(server.chat(f"Tell me all about {topic}. " * 60)["id"])
-            wait_for(
-                lambda: server.training()["lease"]["trainer_state"] == "running",
-                60,
-                "a step",
-                0.001,
-            )
-            answer = Stream(server, max_tokens=200)
-            lease = server.training()["lease"]
-            if lease["suspensions"]:
-                break
-            answer.wait()
-            wait_for(lambda: server.training()["step"] > step, 120, "the step")  # noqa: B023
-        trainer = psutil.Process(server.training()["trainer"]["pid"])
-        assert trainer.status() == psutil.STATUS_STOPPED
-        assert os.sched_getscheduler(trainer.pid) == os.SCHED_IDLE
-        spent = trainer.cpu_times().user
-        answer.wait()
-        assert trainer.cpu_times().user - spent < 0.1
-        wait_for(lambda: server.training()["step"] > step, 120, "the step that was stopped")
+@pytest.fixture(scope="module")
+def idle(tmp_path_factory):
+    """The default policy; few versions may be loaded at once."""
+    server = started(tmp_path_factory, "--keep-versions", "1", "--max-staleness", "0")
+    yield server
+    assert server.stop() == 0, server.tail()
+
+
+def test_while_idle_is_the_policy_a_request_stops_the_trainer_in_the_middle_of_a_step(idle):
+    server = idle
+    for _ in range(20):
+        step = server.training()["step"]
+        for topic in ("cats", "dogs", "cows", "pigs"):
+            server.vote(server.chat(f"Tell me all about {topic}. " * 60)["id"])
+        wait_for(
+            lambda: server.training()["lease"]["trainer_state"] == "running",
+            60,
+            "a step",
+            0.001,
+        )
+        answer = Stream(server, max_tokens=200)
         lease = server.training()["lease"]
-        assert lease["revocations"] >= lease["suspensions"] > 0
-        assert lease["revoke_p50_ms"] < 1000
-    finally:
-        assert server.stop() == 0, server.tail()
+        if lease["suspensions"]:
+            break
+        answer.wait()
+        wait_for(lambda: server.training()["step"] > step, 120, "the step")  # noqa: B023
+    trainer = psutil.Process(server.training()["trainer"]["pid"])
+    assert trainer.status() == psutil.STATUS_STOPPED
+    assert os.sched_getscheduler(trainer.pid) == os.SCHED_IDLE
+    spent = trainer.cpu_times().user
+    answer.wait()
+    assert trainer.cpu_times().user - spent < 0.1
+    wait_for(lambda: server.training()["step"] > step, 120, "the step that was stopped")
+    lease = server.training()["lease"]
+    assert lease["revocations"] >= lease["suspensions"] > 0
+    assert lease["revoke_p50_ms"] < 1000
+
+
+def test_clients_that_go_away_keep_no_version_loaded(idle):
+    """SGLang counts them among an adapter's users for good, and of several samples one less than there are."""
+    if idle.training()["live_version"] == "v0":
+        vote(idle)
+        idle.flush()
+    seen = set()
+    for _ in range(4):
+        seen.add(idle.training()["live_version"])
+        Stream(idle, max_tokens=2000).cut()
+        body = {"messages": [{"role": "user", "content": "word " * 9000}], "model": "any"}
+        assert idle.http.post("/v1/chat/completions", json=body).status_code == 400
+        two = idle.chat("Tell me a joke.", n=2, temperature=1.0)
+        ids = two["metadata"]["completion_ids"]
+        assert (ids[0], len(set(ids))) == (two["id"], 2)
+        # The choice that is meant, not the first one.
+        idle.vote(ids[1])
+        assert all(idle.receipt(rid)["response_tokens"] for rid in ids)
+        vote(idle)
+        idle.flush()
+    assert len(seen | {idle.training()["live_version"]}) == 5
+    assert idle.training()["last_error"] is None
 
 
 @pytest.mark.slow

@@ -319,7 +319,9 @@ async def test_versions(client: httpx.AsyncClient, service: Service) -> None:
         vote = {"completion_id": f"c{number}", "rating": 1, "id": f"f{number}"}
         await client.post("/v1/feedback", json=vote)
         await train(service, number + 1, [f"f{number}"])
-    data = (await client.get("/v1/versions")).json()["data"]
+    page = (await client.get("/v1/versions", params={"order": "asc"})).json()
+    data = page["data"]
+    assert not page["has_more"]
     assert [(v["version"], v["state"], v["step"], v["parent"]) for v in data] == [
         ("v0", "retired", None, None),
         ("v1", "retired", 1, "v0"),
@@ -328,6 +330,17 @@ async def test_versions(client: httpx.AsyncClient, service: Service) -> None:
     assert [v["feedback_ids"] for v in data] == [[], ["f0"], ["f1"]]
     assert data[0]["path"] is None
     assert data[1]["path"] == str(service.config.versions_path / "v1")
+    pages, after = [], {}
+    while True:
+        page = (await client.get("/v1/versions", params={"limit": 2, **after})).json()
+        pages.append([v["version"] for v in page["data"]])
+        after = {"after": page["last_id"]}
+        if not page["has_more"]:
+            break
+    assert pages == [["v2", "v1"], ["v0"]]
+    for after in ("v9", "latest"):
+        response = await client.get("/v1/versions", params={"after": after})
+        assert (response.status_code, error_of(response)["param"]) == (404, "after")
     response = await client.post("/v1/versions/rollback")
     assert (response.status_code, response.json()["version"]) == (200, "v1")
     for word in ("v2", "2", "base"):

@@ -66,7 +66,15 @@ def test_device_and_host_handles_travel_in_one_message():
     )
     rows = m.SharedRows(host=[gens], gens=gens, cells=gens)
     memory = m.SharedMemory(layout=layout, weights={"w": weight}, k=[weight], v=[], rows=rows)
-    hello = m.SchedulerHello(tp_rank=0, pid=1, hooks=[], missing=[], model_path="m", memory=memory)
+    hello = m.SchedulerHello(
+        tp_rank=0,
+        pid=1,
+        hooks=[],
+        missing=[],
+        model_path="m",
+        context_length=8192,
+        memory=memory,
+    )
     back = m.decode_to_main(m.encode(hello))
     assert back == hello
     assert isinstance(back.memory.weights["w"].segment, CudaHandle)

@@ -306,6 +306,22 @@ def test_path_attention(case, tile):
         path_attention.TILE = default
 
 
+def test_tokens_that_are_nearly_certain_keep_their_gradient_in_16_bits():
+    """Rounded first, a probability of 0.999 is 1, and what is left of the gradient is the rounding of others."""
+    torch.manual_seed(0)
+    weight = (torch.randn(777, 40) * 0.5).bfloat16()
+    rows, targets = torch.arange(33), torch.randint(777, (33,))
+    h = (2.5 * weight[targets]).bfloat16()
+    exact = h.double().requires_grad_()
+    logps = linear_logprob_reference.linear_logprob(exact, weight.double(), rows, targets)
+    assert logps.detach().exp().quantile(0.2) > 0.99
+    d_logps = torch.randn(33)
+    (truth,) = torch.autograd.grad(logps, exact, d_logps.double())
+    result = linear_logprob.linear_logprob(h, weight, rows, targets, gradient=True)
+    found = linear_logprob.linear_logprob_backward(result, weight, rows, targets, d_logps)
+    assert float((found.double() - truth).norm() / truth.norm()) < 0.05
+
+
 @pytest.mark.parametrize("chunk_bytes", [1, 13 * 8 * 2, 1 << 20])
 def test_linear_logprob(chunk_bytes, monkeypatch):
     monkeypatch.setattr(linear_logprob, "CHUNK_BYTES", chunk_bytes)

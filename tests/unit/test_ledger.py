@@ -344,7 +344,28 @@ def test_recovery_of_versions(tmp_path: Path) -> None:
     # v4's directory is gone, and what it had learned with it.
     assert [second.get_feedback(i).result().state for i in ids] == [*["trained"] * 3, "pending"]
     (second.directory / "versions" / "v1").rmdir()
-    assert second.recover().result().live == 2
+    found = second.recover().result()
+    # v3 was made from it, and is published.
+    assert (found.live, found.staged) == (0, 3)
+    assert [second.get_feedback(i).result().state for i in ids] == [*["trained"] * 3, "pending"]
+    second.close()
+
+
+def test_recovery_without_the_live_versions_directory(tmp_path: Path) -> None:
+    """An ancestor serves, not what was rolled back; what it has not learned is pending again."""
+    first = Ledger(tmp_path / "data" / "ledger.sqlite3")
+    ids = add_voted(first, 4)
+    for version, parent in ((1, 0), (2, 1), (3, 1), (4, 3)):
+        commit(first, version, [ids[version - 1]], parent=parent)
+        first.set_version_state(version, "live").result()
+    for version in (3, 4):
+        (first.directory / "versions" / f"v{version}").rmdir()
+    first.close()
+    second = Ledger(tmp_path / "data" / "ledger.sqlite3")
+    found = second.recover().result()
+    assert (found.live, found.staged) == (1, None)
+    states = [second.get_feedback(i).result().state for i in ids]
+    assert states == ["trained", "trained", "pending", "pending"]
     second.close()
 
 

@@ -13,7 +13,7 @@ from alchemist.trainer.losses import (
     dpo_losses,
     kl_estimate,
     kto_losses,
-    rotate_completions,
+    mismatched_completions,
 )
 
 
@@ -142,7 +142,24 @@ def test_pair_losses_and_gradients_equal_trls(loss_type, smoothing):
 
 
 def test_completions_rotate_as_trl_rotates_them():
-    completions = ["a", "b", "c"]
+    completions = [[1], [2], [3]]
     trls = [completions[-1], *completions[:-1]]
-    assert [completions[i] for i in rotate_completions(3)] == trls
-    assert rotate_completions(1) == [0]
+    sources = mismatched_completions([([10 + i], c) for i, c in enumerate(completions)])
+    assert [completions[i] for i in sources] == trls
+
+
+@pytest.mark.parametrize(
+    ("pairs", "sources"),
+    [
+        ([("q", "a")], [None]),
+        # Two users liked the same answer; an answer and its correction.
+        ([("q", "a"), ("q", "a")], [None, None]),
+        ([("q", "a"), ("q", "b")], [None, None]),
+        # Two prompts, one answer.
+        ([("q", "a"), ("r", "a")], [None, None]),
+        ([("p", "x"), ("q", "a"), ("q", "b"), ("r", "c")], [3, 0, 0, 2]),
+        ([("p", "x"), ("q", "a"), ("q", "a"), ("r", "a")], [3, 0, 0, 0]),
+    ],
+)
+def test_the_kl_estimate_takes_nobodys_own_answer(pairs, sources):
+    assert mismatched_completions(pairs) == sources

@@ -201,6 +201,32 @@ async def test_a_web_page_elsewhere_can_neither_vote_nor_read_votes_without_a_ke
         assert (await client.post("/v1/feedback", headers=headers)).status_code == 200
 
 
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [
+        ("localhost:30000", 200),
+        ("127.0.0.1:30000", 200),
+        ("[::1]:30000", 200),
+        ("192.168.1.7", 200),
+        ("rebound.example:30000", 403),
+        ("[", 403),
+    ],
+)
+async def test_a_name_that_leads_here_is_not_this_server_without_a_key(host, status) -> None:
+    """A page of that name is of the same origin for a browser."""
+    headers = {"host": host, "origin": f"http://{host}"}
+    async with client_of(small_app(None, None)) as client:
+        assert (await client.post("/v1/feedback", headers=headers)).status_code == status
+        del headers["origin"]
+        refused = await client.get("/v1/feedback", headers=headers)
+        assert refused.status_code == status
+        assert status == 200 or host in refused.json()["error"]["message"]
+        assert (await client.post(USER, headers=headers)).status_code == 200
+    async with client_of(small_app("u", None)) as client:
+        headers["authorization"] = "Bearer u"
+        assert (await client.get("/v1/feedback", headers=headers)).status_code == 200
+
+
 @pytest.mark.parametrize(("key", "first"), [(None, "websocket.close"), ("u", "websocket.accept")])
 async def test_web_sockets_need_the_key(key: str | None, first: str) -> None:
     headers = [(b"authorization", f"Bearer {key}".encode())] if key else []

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from scheduler_support import Scheduler
+from sglang.srt.mem_cache.radix_cache import RadixCache
 
 from alchemist.protocol import messages
 
@@ -82,7 +83,8 @@ def test_short_prompts_are_not_recorded_nor_any_chunk_of_long_ones_left_out(sche
     ]
     others = [SimpleNamespace(rid="image", input_ids=None, sampling_params=None), SimpleNamespace()]
     scheduler.engine._scheduler = None
-    loop = SimpleNamespace(tree_cache=None, idle_sleeper=None, ps=SimpleNamespace(tp_rank=0))
+    tree = RadixCache.create_simulated()
+    loop = SimpleNamespace(tree_cache=tree, idle_sleeper=None, ps=SimpleNamespace(tp_rank=0))
     scheduler.engine.on_requests(loop, [*requests, *others])
     chunks = []
     for rid in ("7", "8", "image"):
@@ -136,3 +138,11 @@ def test_rows_of_a_prompt_are_found_with_or_without_its_answer(scheduler, asked)
     assert (rows[:known] >= 0).all()
     assert (rows[known:] == -1).all()
     assert len(set(rows[:known].tolist())) == known
+
+
+def test_without_a_radix_tree_nothing_is_recorded(scheduler):
+    """Rows are found by it alone."""
+    scheduler.engine._scheduler = None
+    loop = SimpleNamespace(tree_cache=None, idle_sleeper=None, ps=SimpleNamespace(tp_rank=0))
+    scheduler.engine.on_requests(loop, [])
+    assert "RadixCache" in scheduler.pool.stopped

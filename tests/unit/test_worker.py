@@ -34,6 +34,7 @@ def start(tmp_path):
         config=Config(lora_rank=2, objective="kto").to_json().encode(),
         data_dir=str(tmp_path / "data"),
         model_path=str(tmp_path / "model"),
+        context_length=LIMIT,
         memory=messages.SharedMemory(layout=layout, weights=weights.handles, k=[], v=[], rows=None),
         lease=lease.segment.handle,
         rows_address=None,
