@@ -41,8 +41,8 @@ _MODULES = (
     "pytest",
 )
 _CUDA_ONLY = ("sgl_kernel", "flashinfer")
-_OPTIONAL = ("rich", "flashinfer", "pytest")
-"""Without them the suite runs: a table is not printed, rows of FlashInfer and of `tests/gpu` say why."""
+_OPTIONAL = ("rich", "flashinfer", "pytest", "peft", "accelerate")
+"""Without them the suite runs: a table is not printed, rows of FlashInfer, of PEFT and of `tests/gpu` say why."""
 PROBE_S = 120.0
 """To import everything from a disk that has none of it cached."""
 _PINS = {"sglang": "0.5.17", "transformers": "5.12."}
@@ -103,7 +103,9 @@ def make_site(folder: Path) -> Path:
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
     lines = []
     for group, points in project["entry-points"].items():
-        lines += [f"[{group}]", *(f"{key} = {value}" for key, value in points.items()), ""]
+        lines += [f"[{group}]", *(f"{key} = {value}" for key, value in points.items())]
+        lines += ["suite = gpu_plugin:register"] if group == "sglang.srt.plugins" else []
+        lines.append("")
     (info / "entry_points.txt").write_text("\n".join(lines))
     return site
 
@@ -112,7 +114,8 @@ def environment(
     site: Path, bundle: Path | None, device: str, attention_backend: str = "triton"
 ) -> dict[str, str]:
     """Of every process of the suite."""
-    paths = [str(site), *([str(bundle)] if bundle else []), os.environ.get("PYTHONPATH", "")]
+    paths = [str(site), str(ROOT / "scripts"), *([str(bundle)] if bundle else [])]
+    paths.append(os.environ.get("PYTHONPATH", ""))
     env = os.environ | {
         "PYTHONPATH": os.pathsep.join(path for path in paths if path),
         "PYTHONUNBUFFERED": "1",

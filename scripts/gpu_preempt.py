@@ -25,7 +25,7 @@ from typing import NamedTuple
 import httpx
 from gpu_part import Part
 from gpu_rows import POLICIES, SPECS
-from gpu_servers import Flags, Server, running, total_gib
+from gpu_servers import Flags, Server, host_room, running, total_gib
 from serving_load import Load, Timing
 from serving_servers import Backlog
 
@@ -259,7 +259,7 @@ def _quantile(turns: Sequence[Sequence[Timing]], what: str, q: float) -> float:
 def measure(part: Part) -> None:
     sizes, folder = SIZES[part.tiny], part.options.folder
     flags = Flags.of(part, sizes.slots)
-    ours = ("--activation-host-gb", "64MiB" if part.tiny else "8GiB")
+    ours = ("--activation-host-gb", host_room(part))
     has_room = part.device == "cpu" or total_gib() >= 100
     groups = [POLICIES] if has_room else [(policy,) for policy in POLICIES]
     part.config |= {"sizes": sizes._asdict(), "slo": SLO, "groups": groups}

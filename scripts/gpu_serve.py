@@ -15,7 +15,16 @@ from typing import Any, NamedTuple
 from gpu_lives import Lives
 from gpu_part import Part
 from gpu_rows import LENGTHS
-from gpu_servers import Background, Flags, Server, device_bytes, prompts, running, total_gib
+from gpu_servers import (
+    Background,
+    Flags,
+    Server,
+    device_bytes,
+    host_room,
+    prompts,
+    running,
+    total_gib,
+)
 
 from alchemist.trainer.families import load_shape
 
@@ -36,7 +45,7 @@ class Sizes(NamedTuple):
 
 
 SIZES = {
-    False: Sizes(1, 16, 128, 8, 200_000, 60_000, 3),
+    False: Sizes(1, 10, 128, 6, 200_000, 60_000, 3),
     True: Sizes(32, 2, 8, 2, 8192, 8192, 1),
 }
 SMALL_GPU_SLOTS = 130_000
@@ -60,9 +69,9 @@ class ServeBench:
         if not has_room:
             slots = SMALL_GPU_SLOTS
         before = device_bytes(part, [])
-        host = ("64MiB", "64MiB") if part.tiny else ("8GiB", "1GiB")
-        record = ("--record", "prefill", "--activation-host-gb", host[0])
-        decode = ("--record", "decode", "--activation-host-gb", host[1])
+        host = ("--activation-host-gb", host_room(part))
+        record = ("--record", "prefill", *host)
+        decode = ("--record", "decode", *host)
         flags = Flags.of(part, slots)
         self.prefill = Server.alchemist("prefill", flags, self._folder, *record)
         flags = Flags.of(part, self._sizes.decode_slots)

@@ -23,10 +23,23 @@ from gpu_part import Part
 from process_figures import shared_bytes
 from serving_servers import Target
 
+from alchemist.server.machine_memory import free_memory_bytes
+
 PLAIN = ["scripts/gpu_child.py", "scripts/plain_sglang.py"]
 EAGER = ["scripts/gpu_child.py", "scripts/gpu_eager.py"]
 ALCHEMIST = ["scripts/gpu_child.py", "-m", "alchemist.server"]
 NOT_RECORDED = {"X-Alchemist-Record": "false"}
+
+
+LOG_CHARS = 20_000
+"""Of each server's log that are kept."""
+
+
+def host_room(part: Part) -> str:
+    """`--activation-host-gb` for each of a few servers: 2 GiB, or what the host can spare."""
+    if part.tiny:
+        return "64MiB"
+    return f"{min(2 << 30, free_memory_bytes() // 8) >> 20}MiB"
 
 
 class Flags(NamedTuple):
@@ -261,6 +274,10 @@ def running(part: Part, servers: Sequence[Server], others: Sequence[Server] = ()
             with contextlib.suppress(subprocess.TimeoutExpired):
                 server.process.wait(8)
             server.process.kill()
+        for server in (*servers, *others):
+            # Into the part's own log, which comes back from the host.
+            text = server.log.read_text(errors="replace")[-LOG_CHARS:]
+            print(f"== the end of {server.name}'s log\n{text}", flush=True)
 
 
 def _body(ids: Sequence[int], tokens: int) -> dict[str, Any]:

@@ -42,6 +42,10 @@ def layout(page_size: int, activation_dtype: ActivationDtype = "auto") -> RowLay
     )
 
 
+PINNED = []
+"""Pools on a GPU's machine. The driver knows page-locked memory by its address, also when that is somebody else's."""
+
+
 class World:
     """A pool over real KV buffers and a real allocator, and serving's use of them."""
 
@@ -90,6 +94,8 @@ class World:
             eviction=eviction,
             is_deferred=is_deferred,
         )
+        if device != "cpu":
+            PINNED.append(self.pool)
         self.pool.install()
         self.pool.settle()
         self.page_size = page_size

@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import settings
 from pool_machine import PoolMachine
-from pool_support import World, as_recorded
+from pool_support import PINNED, World, as_recorded
 from torch import nn
 
 from alchemist.kernels import fp8_rows
@@ -163,6 +163,7 @@ class Serving:
             num_device_rows=num_slots // self.layout.slots_per_row,
             num_host_rows=num_host_rows,
         )
+        PINNED.append(self.pool)
         self.recorder = GpuRecorder(
             self.model, self.layout, self.pool, max_decode_tokens=max_decode_tokens
         )
