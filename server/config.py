@@ -146,7 +146,9 @@ class Config:
     where both targets are given, by their sum over the answer (default: none)."""
 
     keep_versions: int = 16
-    """Newest versions whose directories are kept; the live one always is (default: 16)."""
+    """Newest versions whose directories are kept, and that can be asked for by name; the live one always is
+    (default: 16).
+    """
 
     keep_completions: int = 100_000
     """Newest completions without feedback that are kept; one with feedback always is
@@ -160,7 +162,7 @@ class Config:
     killed and started again; its votes are tried again (default: 600)."""
 
     seed: int = 0
-    """Seed of the adapter's initial weights and of batch order (default: 0)."""
+    """Seed of the weights an adapter begins with (default: 0)."""
 
     probe_tolerance: float = 0.05
     """Largest difference, in nats per token, between the trainer's and the engine's logprobs of the

@@ -85,11 +85,10 @@ class CpuLora:
         self._stretches = None
         backend = manager.lora_backend
         lengths = _lengths(forward_batch)
-        if (
-            backend.name != "torch_native"
-            or hasattr(manager, "max_bs_in_cuda_graph")
-            or lengths is None
-        ):
+        # What else SGLang may wrap reads what its backend prepares.
+        has_others = manager.embed_tokens_module is not None or manager.lm_head_module is not None
+        in_graphs = hasattr(manager, "max_bs_in_cuda_graph")
+        if backend.name != "torch_native" or in_graphs or has_others or lengths is None:
             original(manager, forward_batch)
             return
         manager.reset_lora_batch()

@@ -76,8 +76,10 @@ class Engine:
         self._weights: Arena | DeviceExport | None = None
         self.pool: ActivationPool | None = None
         self.recorder: Recorder | GpuRecorder | None = None
-        self._logprobs: dict[str, list[tuple[int, torch.Tensor, int]]] = {}
+        self._logprobs: dict[str, list[tuple[int, torch.Tensor | list[float], int]]] = {}
         self._tickets: dict[tuple[bytes, int], list[tuple[Ids, Ids]]] = {}
+        self._unloads: list[tuple[Callable[[Any, Any], Any], Any]] = []
+        """Of adapters that were in use."""
         self._has_complained = False
         self._ended: dict[str, None] = {}
         self._unrecorded: set[str] = set()
@@ -226,14 +228,17 @@ class Engine:
         """For the rest of this run: what is recorded ends, and the trainer computes everything."""
         # Memory may be what was missing: first let go of what the failed call has, and of what waits for `flush`.
         traceback.clear_frames(error.__traceback__)
+        self._end_recording(f"{type(error).__name__}: {error}")
+        logger.error(
+            "recording has failed and ends here; serving and training go on", exc_info=error
+        )
+
+    def _end_recording(self, why: str) -> None:
         if self.recorder is not None:
             self.recorder.release()
             self.recorder = None
         if self.pool is not None and self.pool.stopped is None:
-            self.pool.stop(f"{type(error).__name__}: {error}")
-        logger.error(
-            "recording has failed and ends here; serving and training go on", exc_info=error
-        )
+            self.pool.stop(why)
 
     # Forward passes
 
@@ -303,14 +308,15 @@ class Engine:
         if batch.rids is None:
             return
         try:
-            picked = copied(raw.gather(1, token_ids.long().view(-1, 1)).view(-1))
+            picked = raw.gather(1, token_ids.long().view(-1, 1)).view(-1)
+            values = copied(picked) if picked.is_cuda else picked.tolist()
         except RuntimeError as error:
             self._complain(error)
             return
         lengths = (batch.seq_lens if batch.seq_lens_cpu is None else batch.seq_lens_cpu).tolist()
         for i, (rid, length) in enumerate(zip(batch.rids, lengths, strict=False)):
             if rid not in self._ended:
-                self._logprobs.setdefault(rid, []).append((length, picked, i))
+                self._logprobs.setdefault(rid, []).append((length, values, i))
 
     def _complain(self, error: Exception) -> None:
         """Of what is recorded besides activations; once."""
@@ -354,7 +360,7 @@ class Engine:
         extra_key: str | None,
         prompt: list[int],
         output: list[int],
-        noted: list[tuple[int, torch.Tensor, int]],
+        noted: list[tuple[int, torch.Tensor | list[float], int]],
         reason: str,
         slots: torch.Tensor | None,
     ) -> None:
@@ -413,6 +419,29 @@ class Engine:
 
     # The scheduler's loop
 
+    def unload_adapter(
+        self, original: Callable[[Any, Any], Any], scheduler: Any, request: Any
+    ) -> Any:
+        """Unload an adapter, later if requests are computed with it: one whose client has gone still may be for a
+        while, and SGLang would end by it. The answer does not wait; no new request has the adapter by now.
+        """
+        from sglang.srt.managers.io_struct import UnloadLoRAAdapterReqOutput
+
+        if request.lora_id not in _adapters_in_use(scheduler):
+            return original(scheduler, request)
+        self._unloads.append((original, request))
+        return UnloadLoRAAdapterReqOutput(success=True)
+
+    def _unload_left(self, scheduler: Any) -> None:
+        if self._unloads:
+            in_use = _adapters_in_use(scheduler)
+            waiting, self._unloads = self._unloads, []
+            for original, request in waiting:
+                if request.lora_id in in_use:
+                    self._unloads.append((original, request))
+                else:
+                    original(scheduler, request)
+
     def on_requests(self, scheduler: Any, requests: list[Any]) -> None:
         """Called once a loop, before the requests are looked at."""
         if requests:
@@ -422,6 +451,7 @@ class Engine:
             self._unrecorded.update(one.rid for one in every if self._is_excluded(one))
             for one in every:
                 self._ended.pop(getattr(one, "rid", None), None)
+        self._unload_left(scheduler)
         self._relieve()
         if self._scheduler is None:
             self._open_desk(scheduler)
@@ -512,9 +542,10 @@ class Engine:
         self._desk.setsockopt(zmq.LINGER, 0)
         self._desk.bind(self.run.rows_address(scheduler.ps.tp_rank))
         if self.pool is not None and not has_prefixes(scheduler.tree_cache):
-            self.stop_recording(
-                ValueError("rows are found by SGLang's RadixCache, which is not in use")
+            logger.warning(
+                "nothing is recorded: rows are found by SGLang's RadixCache, which is off"
             )
+            self._end_recording("SGLang's RadixCache is off")
         # An idle scheduler sleeps on its own sockets; ours must wake it too.
         if scheduler.idle_sleeper is not None:
             scheduler.idle_sleeper.poller.register(self._desk, zmq.POLLIN)
@@ -522,11 +553,9 @@ class Engine:
     def serve_desk(self) -> None:
         """Answer what the trainer has asked; never waits."""
         assert self._desk is not None
-        while True:
-            try:
-                peer, data = self._desk.recv_multipart(zmq.NOBLOCK)
-            except zmq.Again:
-                return
+        # Asked before every batch: an exception for nothing to read would cost more than the question.
+        while self._desk.getsockopt(zmq.EVENTS) & zmq.POLLIN:
+            peer, data = self._desk.recv_multipart(zmq.NOBLOCK)
             try:
                 message = messages.decode_to_scheduler(data)
             except (ProtocolError, ValueError):
@@ -603,6 +632,16 @@ class Engine:
 
     def close(self) -> None:
         self._context.destroy(linger=1000)
+
+
+def _adapters_in_use(scheduler: Any) -> set[str | None]:
+    """Of the requests that wait or run."""
+    batches = [b for b in (scheduler.running_batch, scheduler.last_batch) if b is not None]
+    requests = [request for batch in batches for request in batch.reqs]
+    requests += [*scheduler.waiting_queue, *scheduler.grammar_manager.grammar_queue]
+    if scheduler.chunked_req is not None:
+        requests.append(scheduler.chunked_req)
+    return {request.lora_id for request in requests}
 
 
 def _adapters(batch: Any) -> Sequence[str | None]:

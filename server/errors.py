@@ -71,11 +71,6 @@ class NotFound(UserError, LookupError):
     default_code = "not_found"
 
 
-class MethodNotAllowed(UserError):
-    status = 405
-    default_code = "method_not_allowed"
-
-
 class Conflict(UserError):
     status = 409
     default_code = "conflict"

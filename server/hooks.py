@@ -73,6 +73,9 @@ def scheduler_hooks(engine: Engine) -> list[Hook]:
             engine.released(req, tree_cache)
         return result
 
+    def unload_lora_adapter(original: Any, scheduler: Any, request: Any) -> Any:
+        return engine.unload_adapter(original, scheduler, request)
+
     runner = f"{_S}.model_executor.model_runner.ModelRunner"
     scheduler = f"{_S}.managers.scheduler.Scheduler"
     hooks = [
@@ -92,6 +95,8 @@ def scheduler_hooks(engine: Engine) -> list[Hook]:
         Hook(f"{scheduler}.process_input_requests", "AROUND", process_input_requests),
         # Nothing left to do: the lease is granted.
         Hook(f"{scheduler}.on_idle", "AROUND", on_idle),
+        # An adapter goes when nothing is computed with it.
+        Hook(f"{scheduler}.unload_lora_adapter", "AROUND", unload_lora_adapter),
         # A request has ended; its tokens, slots and adapter are still together.
         Hook(f"{_S}.mem_cache.common.release_kv_cache", "AROUND", release_kv_cache),
     ]

@@ -45,6 +45,8 @@ _RECOUNT_S = 30.0
 """Votes are counted again when something says so; and after this long, if what should have said so was lost."""
 _BUSY_S = (0.5, 1.0, 2.0, 4.0, 8.0)
 """Between attempts to publish through a full queue."""
+_BUSY_REST_S = 30.0
+"""After them, before there is another step to publish."""
 _HELLO_TIMEOUT_S = 60.0
 _ROWS_EVERY_S = 5.0
 _DIRECTORY = re.compile(r"v\d+|\.tmp-.*")
@@ -109,6 +111,8 @@ class Learner:
         self._flush_left = 0
         self._next_version = 1
         self._parents: dict[int, int | None] = {}
+        self._rests_until = 0.0
+        """When a step is worth its while again after one that could not be published; monotonic seconds."""
         self._unsettled: set[int] = set()
         """Versions that did not go live, which the ledger could not be told."""
         self._tasks: list[asyncio.Task[None]] = []
@@ -192,6 +196,7 @@ class Learner:
     async def _restore_live(self, live: int, paths: dict[int, str]) -> int:
         """Load the live version, or its nearest ancestor that can be proven; which one it is."""
         version = live
+        skipped: list[int] = []
         while version:
             try:
                 if version not in self.publisher.loaded:
@@ -202,10 +207,13 @@ class Learner:
             except PublishRefused as error:
                 # As in `_publish`: learning waits for a person.
                 self.last_error, self.paused = str(error), True
+                skipped.append(version)
                 version = self._parents[version] or 0
         if version != live:
             await self.ledger.set_version_state(version, "live", None)
-            await self.ledger.set_version_state(live, "failed", self.last_error, requeue=True)
+            for number in skipped:
+                # What serves now has learned from none of them.
+                await self.ledger.set_version_state(number, "failed", self.last_error, requeue=True)
             logger.error("v%d cannot be served as it was made; v%d is live instead", live, version)
         return version
 
@@ -291,7 +299,8 @@ class Learner:
             if self._wake.is_set() or time.monotonic() - counted > _RECOUNT_S:
                 self._wake.clear()
                 pending = None
-            if self.paused or not self.trainer.is_ready or self.stopping:
+            is_resting = time.monotonic() < self._rests_until
+            if self.paused or is_resting or not self.trainer.is_ready or self.stopping:
                 continue
             try:
                 await self._settle_versions()
@@ -336,7 +345,7 @@ class Learner:
                         # And on the one before: it is not the votes.
                         self.last_error, self.paused = f"training is paused: {reason}", True
                         logger.error("%s", self.last_error)
-                        crashes = kills = 0
+                        has_given_up, crashes, kills = False, 0, 0
                     elif await self._give_up(items, reason):
                         has_given_up = True
                         crashes = kills = 0
@@ -348,11 +357,14 @@ class Learner:
 
     async def _settle_versions(self) -> None:
         """What a version has learned that did not go live is in nothing that serves: its votes are pending again."""
-        for version in sorted(self._unsettled):
-            await self.publisher.drop(version)
-            reason = "it could not be published"
-            await self.ledger.set_version_state(version, "failed", reason, requeue=True)
-            self._unsettled.discard(version)
+        async with self._publishing:
+            for version in sorted(self._unsettled):
+                # Somebody may have promoted it since.
+                if version != self.live:
+                    await self.publisher.drop(version)
+                    reason = "it could not be published"
+                    await self.ledger.set_version_state(version, "failed", reason, requeue=True)
+                self._unsettled.discard(version)
 
     async def _give_up(self, items: list[TrainingItem], reason: str) -> bool:
         """Let votes fail that end the trainer; whether that could be written."""
@@ -448,6 +460,7 @@ class Learner:
             proven = await self._load_in_time(version, path)
         except PublishRefused as error:
             self.last_error = str(error)
+            self._rests_until = time.monotonic() + _BUSY_REST_S if error.is_busy else 0.0
             logger.error("%s; v%d stays live", error, self.live)
             # Its votes are pending again: nobody was served by what they made. Training waits for a person, but where
             # the engine was only too busy.

@@ -175,9 +175,9 @@ class ActivationPool:
         self._ready: Ready | None = None
         """What serving gets next; some of it may be gone: see `_catch_up`."""
         self._waiting: list[tuple[Begun, torch.Tensor, torch.Tensor]] = []
+        """See `record_later`: what it returned, slots and positions."""
         self._waits = np.zeros(self.record_of_slot.size, dtype=bool)
         """Which KV slots are those of tokens that wait."""
-        """See `record_later`: what it returned, slots and positions."""
         self._to_hedge: deque[tuple[Ids, Ids]] = deque()
         self._num_to_hedge = 0
         self.answers = Answers(self._gen)

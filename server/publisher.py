@@ -5,12 +5,12 @@ adapter that a request still uses (SGLang would hold back every load until it is
 
 Who uses an adapter is counted here. SGLang's own count drifts: a request whose client goes away, or that is refused
 after it was given its adapter, is never taken off, and of `n` samples one too many is. It unloads what it counts 0
-users of, and waits for that, with every other load, for as long as it takes.
+users of, and waits for that, with every other load, for as long as it takes. What the scheduler still computes for
+nobody, the scheduler's plugin knows (`engine.unload_adapter`).
 """
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import logging
 import time
@@ -28,10 +28,6 @@ logger = logging.getLogger(__name__)
 PROBE_PREFIX = "alchemist-probe-"
 HEALTH_PREFIX = "HEALTH_CHECK"
 """SGLang's own, of requests that are no client's."""
-_DRAINED_S = 10.0
-"""For so long the scheduler may still compute for a request that nobody waits for any more."""
-_UNLOAD_S = 60.0
-"""An unload that takes longer is given up, so that others can be loaded."""
 
 
 class PublishRefused(Unavailable):
@@ -84,8 +80,6 @@ class Publisher:
         self.live = 0
         """The version that answers requests which do not pin one."""
         self._users: Counter[int] = Counter()
-        self._left: dict[int, float] = {}
-        """When the last request that did not end by itself left a version; monotonic seconds."""
 
     @contextlib.contextmanager
     def in_use(self, versions: Sequence[int]) -> Iterator[None]:
@@ -93,10 +87,6 @@ class Publisher:
         self._users.update(versions)
         try:
             yield
-        except BaseException:
-            # Also a client that goes away. The scheduler hears of it later.
-            self._left |= dict.fromkeys(versions, time.monotonic())
-            raise
         finally:
             self._users.subtract(versions)
 
@@ -182,7 +172,7 @@ class Publisher:
         for version in sorted(self.loaded):
             if len(self.loaded) <= self._keep:
                 break
-            if version in keep or self._is_in_use(version):
+            if version in keep or self._users[version] > 0:
                 continue
             # First, so that no request is given it while it is on its way out.
             del self.loaded[version]
@@ -190,21 +180,11 @@ class Publisher:
             gone.append(version)
         return gone
 
-    def _is_in_use(self, version: int) -> bool:
-        recently = time.monotonic() - self._left.get(version, -_DRAINED_S) < _DRAINED_S
-        return self._users[version] > 0 or recently
-
     async def _unload(self, name: str) -> None:
         from sglang.srt.managers.io_struct import UnloadLoRAAdapterReqInput
 
         lora_id = self._manager.lora_ref_cache[name].lora_id
         self._manager.lora_registry._counters[lora_id] = _Nobody()
-        request = UnloadLoRAAdapterReqInput(lora_name=name)
-        try:
-            async with asyncio.timeout(_UNLOAD_S):
-                result = await self._manager.unload_lora_adapter(request)
-            problem = None if result.success else result.error_message
-        except TimeoutError:
-            problem = f"SGLang did not do it in {_UNLOAD_S:.0f} s"
-        if problem:
-            logger.warning("version %s was not unloaded: %s", name, problem)
+        result = await self._manager.unload_lora_adapter(UnloadLoRAAdapterReqInput(lora_name=name))
+        if not result.success:
+            logger.warning("version %s was not unloaded: %s", name, result.error_message)

@@ -10,8 +10,6 @@ CompletionState = Literal["streaming", "done", "aborted"]
 FeedbackState = Literal["waiting", "pending", "trained", "failed"]
 VersionState = Literal["staged", "live", "retired", "failed"]
 
-FEEDBACK_STATES: tuple[FeedbackState, ...] = ("waiting", "pending", "trained", "failed")
-
 
 class Completion(msgspec.Struct, frozen=True, kw_only=True):
     """One answered request."""

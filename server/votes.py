@@ -88,6 +88,9 @@ def _digest(ids: bytes) -> bytes:
     return hashlib.blake2b(ids, digest_size=16).digest()
 
 
+_NO_TOKENS = _digest(b"")
+
+
 def pick_pairs(
     db: sqlite3.Connection, limit: int, versions: Sequence[int], digests: Digests
 ) -> dict[str, str]:
@@ -109,7 +112,8 @@ def pick_pairs(
     known |= _read_digests(
         db, list({rid for row in rows if (rid := row["completion_id"]) not in kept})
     )
-    digests.update(known)
+    # One without tokens may be replaced by what comes late.
+    digests.update({rid: both for rid, both in known.items() if both[1] != _NO_TOKENS})
     for rid in kept.keys() - known.keys():
         digests.pop(rid, None)
     picked: dict[str, str] = {}

@@ -4,9 +4,9 @@ import asyncio
 from types import SimpleNamespace
 
 import pytest
+from scheduler_support import Scheduler
 from sglang.srt.lora.lora_registry import LoRARef, LoRARegistry
 
-from alchemist.server import publisher as module
 from alchemist.server.publisher import Publisher, PublishRefused
 
 
@@ -50,7 +50,7 @@ async def test_a_version_goes_whatever_sglang_counts(drift):
     assert set(manager.lora_registry.get_all_adapters()) == {"v2", "v3"}
 
 
-async def test_a_version_in_use_stays(monkeypatch):
+async def test_a_version_in_use_stays():
     _, publisher = await make([1, 2, 3], keep=1)
     with publisher.in_use([1, 2]):
         with publisher.in_use([1]):
@@ -58,10 +58,7 @@ async def test_a_version_in_use_stays(monkeypatch):
         assert await publisher.retire({3}) == []
     with pytest.raises(GeneratorExit), publisher.in_use([2]):
         raise GeneratorExit
-    # The scheduler hears later that the client of that one has gone.
-    assert await publisher.retire({3}) == [1]
-    monkeypatch.setattr(module, "_DRAINED_S", 0.0)
-    assert await publisher.retire({3}) == [2]
+    assert await publisher.retire({3}) == [1, 2]
 
 
 async def test_nothing_is_loaded_beyond_what_sglang_may_hold(tmp_path):
@@ -76,3 +73,35 @@ async def test_nothing_is_loaded_beyond_what_sglang_may_hold(tmp_path):
     ):
         await publisher.load(4, str(tmp_path))
     assert refused.value.is_busy
+
+
+def test_an_adapter_leaves_the_engine_when_nothing_is_computed_with_it(tmp_path):
+    """A request whose client has gone is computed for one more step at least, and SGLang would end by it."""
+    scheduler = Scheduler(str(tmp_path), 400)
+    request = SimpleNamespace(lora_id="one")
+    loop = SimpleNamespace(
+        running_batch=SimpleNamespace(reqs=[]),
+        last_batch=None,
+        chunked_req=None,
+        waiting_queue=[],
+        grammar_manager=SimpleNamespace(grammar_queue=[]),
+    )
+    gone = []
+
+    def original(_, asked):
+        gone.append(asked.lora_id)
+        return "done"
+
+    assert scheduler.engine.unload_adapter(original, loop, request) == "done"
+    loop.running_batch.reqs.append(SimpleNamespace(lora_id="two"))
+    two = SimpleNamespace(lora_id="two")
+    assert scheduler.engine.unload_adapter(original, loop, two).success
+    scheduler.engine._unload_left(loop)
+    assert gone == ["one"]
+    loop.waiting_queue.append(loop.running_batch.reqs.pop())
+    scheduler.engine._unload_left(loop)
+    assert gone == ["one"]
+    loop.waiting_queue.clear()
+    scheduler.engine._unload_left(loop)
+    scheduler.engine._unload_left(loop)
+    assert gone == ["one", "two"]

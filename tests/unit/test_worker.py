@@ -137,3 +137,12 @@ def test_what_was_rolled_back_is_differentiated_at_what_is_trained(worker):
         request = messages.Train(step=4, parent=3, version=4, samples=[old])
         num_stale.append(worker.train(request).metrics["num_stale"])
     assert num_stale == [0, 1, 0]
+
+
+def test_a_step_can_be_tried_before_there_are_votes(worker, start):
+    """As on a GPU at every start: it leaves nothing behind."""
+    first = train(worker, completion("one", 6, 4))
+    again = start()
+    again._try_out(again.engine._weights)
+    second = train(again, completion("one", 6, 4))
+    assert second.metrics["grad_norm"] == first.metrics["grad_norm"]
