@@ -77,7 +77,7 @@ async def test_nothing_is_loaded_beyond_what_sglang_may_hold(tmp_path):
 
 def test_an_adapter_leaves_the_engine_when_nothing_is_computed_with_it(tmp_path):
     """A request whose client has gone is computed for one more step at least, and SGLang would end by it."""
-    scheduler = Scheduler(str(tmp_path), 400)
+    engine = Scheduler(str(tmp_path), 400).engine
     request = SimpleNamespace(lora_id="one")
     loop = SimpleNamespace(
         running_batch=SimpleNamespace(reqs=[]),
@@ -92,16 +92,17 @@ def test_an_adapter_leaves_the_engine_when_nothing_is_computed_with_it(tmp_path)
         gone.append(asked.lora_id)
         return "done"
 
-    assert scheduler.engine.unload_adapter(original, loop, request) == "done"
+    assert engine.unload_adapter(original, loop, request) == "done"
     loop.running_batch.reqs.append(SimpleNamespace(lora_id="two"))
     two = SimpleNamespace(lora_id="two")
-    assert scheduler.engine.unload_adapter(original, loop, two).success
-    scheduler.engine._unload_left(loop)
+    assert engine.unload_adapter(original, loop, two).success
+    engine._unload_left(loop)
     assert gone == ["one"]
     loop.waiting_queue.append(loop.running_batch.reqs.pop())
-    scheduler.engine._unload_left(loop)
+    engine._unload_left(loop)
     assert gone == ["one"]
     loop.waiting_queue.clear()
-    scheduler.engine._unload_left(loop)
-    scheduler.engine._unload_left(loop)
+    engine._unload_left(loop)
+    engine._unload_left(loop)
     assert gone == ["one", "two"]
+    engine.close()
