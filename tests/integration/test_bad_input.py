@@ -345,11 +345,11 @@ def test_promoting_what_is_not_there_answers_404(running):
         ("/generate", {"text": "hi", "rid": "alchemist-probe-1"}, 400),
         # SGLang would abort every request whose id begins so when this client goes away.
         ("/generate", {"text": "hi", "rid": "a"}, 400),
-        ("/generate", {"text": "hi", "rid": "\ud800 is no character"}, 400),
-        ("/generate", {"text": "hi", "extra_key": "\ud800"}, 400),
+        ("/v1/completions", {"model": "base", "prompt": "hi", "rid": "\ud800_is_none"}, 400),
+        ("/v1/completions", {"model": "base", "prompt": "hi", "extra_key": "\ud800"}, 400),
         (
-            "/generate",
-            {"text": "hi", "sampling_params": {"custom_params": {"a": "\ud800"}}},
+            "/v1/completions",
+            {"model": "base", "prompt": "hi", "custom_params": {"a": "\ud800"}},
             200,
         ),
         ("/v1/responses", {"input": "hi", "model": "v999"}, 400),
@@ -367,7 +367,9 @@ def test_promoting_what_is_not_there_answers_404(running):
     ],
 )
 def test_no_request_ends_the_server(running, path, body, status):
-    response = running.http.post(path, json=body)
+    # In ASCII: a lone surrogate has no other form.
+    sent = {"content": json.dumps(body), "headers": {"Content-Type": "application/json"}}
+    response = running.http.post(path, **sent)
     assert response.status_code == status, response.text
     assert running.chat("hello")["choices"]
 
