@@ -350,7 +350,7 @@ def test_promoting_what_is_not_there_answers_404(running):
         (
             "/v1/completions",
             {"model": "base", "prompt": "hi", "custom_params": {"a": "\ud800"}},
-            200,
+            400,
         ),
         ("/v1/responses", {"input": "hi", "model": "v999"}, 400),
         ("/generate", {"text": "hi", "lora_path": []}, 400),
