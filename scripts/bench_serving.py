@@ -24,8 +24,10 @@ long as they live, by where their memory happens to lie.
 The load is SGLang's own benchmark client, at --rate, and (rows that end in _at25 … _at90) at parts of the rate at which
 plain SGLang is saturated, measured first. Turns are short and many: a shared machine drifts by more within minutes than
 what is measured here. Latency ratios are ours ÷ plain over all requests of the run: less is better; their quartiles are
-those of 200 resamplings of the starts, or of the rounds if there was one start. The gate: greedy tokens and logprobs of
-all servers' base model agree. --quick has the first group at --rate only; --only starts what its rows need.
+those of 200 resamplings of the starts, or of the rounds if there was one start. Rows of `pair` are the median of each
+request's ratio to plain's with the same prompt and arrival, which is steadier where requests meet each other. The gate:
+greedy tokens and logprobs of all servers' base model agree. --quick has the first group at --rate only; --only starts
+what its rows need.
 """
 
 from __future__ import annotations

@@ -129,6 +129,19 @@ def _latencies(run: Run, found: Measured, at: int | None, suffix: str) -> None:
                 row.against, row.less_is_better = "plain SGLang, same run", True
                 row.bar = BARS.get(f"{what}_{label}_{name}")
                 run.add(row)
+        for name in found.names[1:]:
+            pairs = [_ratios(*turns) for turns in zip(rounds[name], rounds["plain"], strict=True)]
+            if not all(pairs):
+                continue
+            medians = [quantile(some, 0.5) for some in resampled(pairs, starts)]
+            row = Row(f"{what}_pair_{name}{suffix}", medians[0], "x", quartiles(medians), n)
+            row.against, row.less_is_better = "plain SGLang, request by request", True
+            run.add(row)
+
+
+def _ratios(ours: Sequence[float], plain: Sequence[float]) -> list[float]:
+    """Of requests with one prompt that came at the same moment of a turn; of one token there is no TPOT."""
+    return [mine / its for mine, its in zip(ours, plain, strict=True) if its]
 
 
 def _shares(run: Run, found: Measured, at: int | None, suffix: str) -> None:

@@ -75,6 +75,16 @@ def test_ratios_are_over_plain_of_the_same_load_and_group():
     assert not any("-1" in name for name in named)
 
 
+def test_pairs_are_of_one_prompt_and_arrival():
+    """Half of plain's requests meet others, and so do ours: each takes a tenth more than its own."""
+    found = Measured(["plain", "recording"], is_first=True, starts=1)
+    found.add("plain", None, [Timing(10.0, 2.0), Timing(40.0, 2.0), Timing(41.0, 0.0)])
+    found.add("recording", None, [Timing(11.0, 2.0), Timing(44.0, 2.0), Timing(45.1, 0.0)])
+    named = rows(found, Slo(0.0, 0.0))
+    assert named["ttft_pair_recording"].value == pytest.approx(1.1)
+    assert named["tpot_pair_recording"].value == pytest.approx(1.0)
+
+
 @pytest.mark.parametrize(("starts", "width"), [(1, 0.0), (3, 0.2)])
 def test_spreads_are_those_of_the_starts_where_there_were_several(starts, width):
     """Turns of one start agree, starts do not: what varies is drawn together."""
