@@ -130,15 +130,19 @@ def naive_step(
         for group in groups:
             adapted = with_peft(model, group.adapter)
             for sample in group.samples:
-                other = responses[index - 1]
+                # The nearest one before it, in a circle, that is not its own.
+                others = [responses[index - d] for d in range(1, len(responses))]
+                other = next((r for r in others if list(r) != list(sample.response_ids)), None)
                 index += 1
+                if other is None:
+                    continue
                 ratio = naive_logps(adapted, sample.prompt_ids, other).sum()
                 with adapted.disable_adapter():
                     ratio = ratio - naive_logps(adapted, sample.prompt_ids, other).sum()
                 kl_of.append(ratio)
             adapted.unload()
-    kl = torch.stack(kl_of).mean().clamp(min=0)
-    if objective.name != "kto" or objective.reference == "served" or len(samples) == 1:
+    kl = torch.stack(kl_of).mean().clamp(min=0) if kl_of else torch.zeros(())
+    if objective.name != "kto" or objective.reference == "served":
         kl = torch.zeros(())
     values: list[Tensor] = []
     base: list[Tensor] = []

@@ -91,17 +91,14 @@ def kl_estimate(kl_logps: Tensor, reference_kl_logps: Tensor) -> Tensor:
     return (kl_logps - reference_kl_logps).mean().detach().clamp(min=0)
 
 
-def mismatched_completions(
-    pairs: Sequence[tuple[Sequence[int], Sequence[int]]],
-) -> list[int | None]:
+def mismatched_completions(responses: Sequence[Sequence[int]]) -> list[int | None]:
     """Whose completion goes under each prompt in the KL estimate: the one before's, the first takes the last's, as TRL
-    does. Where that is the same prompt or the same completion, the nearest one before it that is neither: with its own
-    completion the estimate would be the reward. None: there is no such one.
+    does. Where that is the same completion, as of two users who like one answer, the nearest one before it that is not:
+    with its own the estimate would be the reward. None: there is no such one.
     """
-    whole = [(tuple(prompt), tuple(response)) for prompt, response in pairs]
+    own = [tuple(response) for response in responses]
     sources: list[int | None] = []
-    for i, (prompt, response) in enumerate(whole):
-        before = [(i - distance) % len(whole) for distance in range(1, len(whole))]
-        others = (j for j in before if whole[j][0] != prompt and whole[j][1] != response)
-        sources.append(next(others, None))
+    for i, response in enumerate(own):
+        before = ((i - distance) % len(own) for distance in range(1, len(own)))
+        sources.append(next((j for j in before if own[j] != response), None))
     return sources

@@ -287,7 +287,7 @@ class _Step:
         """By sample: its prompt with another one's completion, where the log-ratio is not zero by construction."""
         if self.objective.name != "kto" or self.objective.reference != "base":
             return {}
-        sources = mismatched_completions([sample.pair for sample in self.samples])
+        sources = mismatched_completions([sample.response_ids for sample in self.samples])
         self.no_estimate = {i for i, source in enumerate(sources) if source is None}
         zero = [adapter.is_zero for adapter in self.adapters]
         return {

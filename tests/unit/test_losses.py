@@ -144,22 +144,18 @@ def test_pair_losses_and_gradients_equal_trls(loss_type, smoothing):
 def test_completions_rotate_as_trl_rotates_them():
     completions = [[1], [2], [3]]
     trls = [completions[-1], *completions[:-1]]
-    sources = mismatched_completions([([10 + i], c) for i, c in enumerate(completions)])
-    assert [completions[i] for i in sources] == trls
+    assert [completions[i] for i in mismatched_completions(completions)] == trls
 
 
 @pytest.mark.parametrize(
-    ("pairs", "sources"),
+    ("responses", "sources"),
     [
-        ([("q", "a")], [None]),
-        # Two users liked the same answer; an answer and its correction.
-        ([("q", "a"), ("q", "a")], [None, None]),
-        ([("q", "a"), ("q", "b")], [None, None]),
-        # Two prompts, one answer.
-        ([("q", "a"), ("r", "a")], [None, None]),
-        ([("p", "x"), ("q", "a"), ("q", "b"), ("r", "c")], [3, 0, 0, 2]),
-        ([("p", "x"), ("q", "a"), ("q", "a"), ("r", "a")], [3, 0, 0, 0]),
+        (["a"], [None]),
+        # Two users liked the same answer.
+        (["a", "a"], [None, None]),
+        (["x", "a", "a", "c"], [3, 0, 0, 2]),
+        (["a", "x", "a"], [1, 0, 1]),
     ],
 )
-def test_the_kl_estimate_takes_nobodys_own_answer(pairs, sources):
-    assert mismatched_completions(pairs) == sources
+def test_the_kl_estimate_takes_nobodys_own_answer(responses, sources):
+    assert mismatched_completions(responses) == sources
