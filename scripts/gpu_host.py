@@ -119,6 +119,8 @@ def environment(
     env = os.environ | {
         "PYTHONPATH": os.pathsep.join(path for path in paths if path),
         "PYTHONUNBUFFERED": "1",
+        # What an installation has left in the checkout's folder would hide the suite's own plugin.
+        "PYTHONSAFEPATH": "1",
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
     }
