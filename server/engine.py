@@ -36,6 +36,7 @@ from alchemist.server.pool import ActivationPool, CheckedOut, Ids
 from alchemist.server.publisher import HEALTH_PREFIX, PROBE_PREFIX
 from alchemist.server.recorder import Recorder
 from alchemist.server.run import OPT_OUT, Run
+from alchemist.server.unloads import Unloads
 
 if TYPE_CHECKING:
     from alchemist.server.gpu_recorder import GpuRecorder
@@ -78,8 +79,7 @@ class Engine:
         self.recorder: Recorder | GpuRecorder | None = None
         self._logprobs: dict[str, list[tuple[int, torch.Tensor | list[float], int]]] = {}
         self._tickets: dict[tuple[bytes, int], list[tuple[Ids, Ids]]] = {}
-        self._unloads: list[tuple[Callable[[Any, Any], Any], Any]] = []
-        """Of adapters that were in use."""
+        self.unloads = Unloads()
         self._has_complained = False
         self._ended: dict[str, None] = {}
         self._unrecorded: set[str] = set()
@@ -419,29 +419,6 @@ class Engine:
 
     # The scheduler's loop
 
-    def unload_adapter(
-        self, original: Callable[[Any, Any], Any], scheduler: Any, request: Any
-    ) -> Any:
-        """Unload an adapter, later if requests are computed with it: one whose client has gone still may be for a
-        while, and SGLang would end by it. The answer does not wait; no new request has the adapter by now.
-        """
-        from sglang.srt.managers.io_struct import UnloadLoRAAdapterReqOutput
-
-        if request.lora_id not in _adapters_in_use(scheduler):
-            return original(scheduler, request)
-        self._unloads.append((original, request))
-        return UnloadLoRAAdapterReqOutput(success=True)
-
-    def _unload_left(self, scheduler: Any) -> None:
-        if self._unloads:
-            in_use = _adapters_in_use(scheduler)
-            waiting, self._unloads = self._unloads, []
-            for original, request in waiting:
-                if request.lora_id in in_use:
-                    self._unloads.append((original, request))
-                else:
-                    original(scheduler, request)
-
     def on_requests(self, scheduler: Any, requests: list[Any]) -> None:
         """Called once a loop, before the requests are looked at."""
         if requests:
@@ -451,7 +428,7 @@ class Engine:
             self._unrecorded.update(one.rid for one in every if self._is_excluded(one))
             for one in every:
                 self._ended.pop(getattr(one, "rid", None), None)
-        self._unload_left(scheduler)
+        self.unloads.go_on(scheduler)
         self._relieve()
         if self._scheduler is None:
             self._open_desk(scheduler)
@@ -632,16 +609,6 @@ class Engine:
 
     def close(self) -> None:
         self._context.destroy(linger=1000)
-
-
-def _adapters_in_use(scheduler: Any) -> set[str | None]:
-    """Of the requests that wait or run."""
-    batches = [b for b in (scheduler.running_batch, scheduler.last_batch) if b is not None]
-    requests = [request for batch in batches for request in batch.reqs]
-    requests += [*scheduler.waiting_queue, *scheduler.grammar_manager.grammar_queue]
-    if scheduler.chunked_req is not None:
-        requests.append(scheduler.chunked_req)
-    return {request.lora_id for request in requests}
 
 
 def _adapters(batch: Any) -> Sequence[str | None]:

@@ -74,7 +74,7 @@ def scheduler_hooks(engine: Engine) -> list[Hook]:
         return result
 
     def unload_lora_adapter(original: Any, scheduler: Any, request: Any) -> Any:
-        return engine.unload_adapter(original, scheduler, request)
+        return engine.unloads.ask(original, scheduler, request)
 
     runner = f"{_S}.model_executor.model_runner.ModelRunner"
     scheduler = f"{_S}.managers.scheduler.Scheduler"

@@ -11,6 +11,7 @@ import socket
 import stat
 import sys
 import tempfile
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -164,7 +165,7 @@ def with_defaults(config: Config, argv: list[str]) -> list[str]:
     flags["--max-loras-per-batch"] = ["4"]
     # SGLang's own eviction could take the live version; ours runs first, two below this or more. It wants room for all
     # that a batch may have.
-    at_once = _value("--max-loras-per-batch", argv, "4")
+    at_once = _value({"--max-loras-per-batch"}, argv, "4")
     loaded = max(num_loaded(config), int(at_once) if at_once.isdigit() else 0)
     flags["--max-loaded-loras"] = [str(loaded)]
     # An idle scheduler that spins would take the time the trainer could use.
@@ -193,10 +194,11 @@ def with_defaults(config: Config, argv: list[str]) -> list[str]:
     return [*argv, *extra]
 
 
-def _value(flag: str, argv: list[str], default: str) -> str:
-    """Of a flag as the user gave it, last."""
+def _value(flags: set[str], argv: list[str], default: str) -> str:
+    """What the user gave for one of `flags`, last."""
     words = [part for word in argv for part in word.split("=", 1)]
-    return next((words[i + 1] for i in range(len(words) - 2, -1, -1) if words[i] == flag), default)
+    given = [value for flag, value in pairwise(words) if flag in flags]
+    return given[-1] if given else default
 
 
 def num_loaded(config: Config) -> int:
@@ -312,8 +314,7 @@ def _check_device(config: Config, server_args: Any) -> None:
 
 
 def _check_model_path(argv: list[str]) -> None:
-    words = [part for word in argv for part in word.split("=", 1)]
-    path = next((words[i + 1] for i, w in enumerate(words[:-1]) if w in _MODEL_FLAGS), "")
+    path = _value(_MODEL_FLAGS, argv, "")
     looks_local = path.startswith((".", "/", "~"))
     if looks_local and not (Path(path).expanduser() / "config.json").is_file():
         raise LaunchError(f"--model-path {path}: there is no model here (config.json is missing)")

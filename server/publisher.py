@@ -6,7 +6,7 @@ adapter that a request still uses (SGLang would hold back every load until it is
 Who uses an adapter is counted here. SGLang's own count drifts: a request whose client goes away, or that is refused
 after it was given its adapter, is never taken off, and of `n` samples one too many is. It unloads what it counts 0
 users of, and waits for that, with every other load, for as long as it takes. What the scheduler still computes for
-nobody, the scheduler's plugin knows (`engine.unload_adapter`).
+nobody, the scheduler's plugin knows (`unloads`).
 """
 
 from __future__ import annotations

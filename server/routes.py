@@ -99,7 +99,6 @@ _PRIVATE = (
 )
 """What without a key no web page may reach through its visitor's browser."""
 
-
 _TRAINED_FROM = (
     *("/update_weights_from_", "/load_lora_adapter", "/unload_lora_adapter"),
     *("/release_memory_occupation", "/resume_memory_occupation"),
@@ -207,7 +206,7 @@ class RouteGuard:
             name = urlsplit(f"//{host}").hostname or ""
         except ValueError:
             name = ""
-        if _is_address(name) or name in ("localhost", self._host):
+        if _address(name) is not None or name in ("localhost", self._host):
             return None
         return Forbidden(
             f"header Host is {host}; allowed here without an API key: localhost, or this machine's address"
@@ -257,18 +256,16 @@ def require_safe_bind(host: str, api_key: str | None) -> None:
 
 
 def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return host == "localhost"
+    address = _address(host)
+    return host == "localhost" if address is None else address.is_loopback
 
 
-def _is_address(host: str) -> bool:
+def _address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    """None: it is a name."""
     try:
-        ipaddress.ip_address(host.strip("[]"))
+        return ipaddress.ip_address(host.strip("[]"))
     except ValueError:
-        return False
-    return True
+        return None
 
 
 def _judge_origin(headers: Headers) -> UserError | None:

@@ -4,10 +4,10 @@ import asyncio
 from types import SimpleNamespace
 
 import pytest
-from scheduler_support import Scheduler
 from sglang.srt.lora.lora_registry import LoRARef, LoRARegistry
 
 from alchemist.server.publisher import Publisher, PublishRefused
+from alchemist.server.unloads import Unloads
 
 
 class Manager:
@@ -75,9 +75,9 @@ async def test_nothing_is_loaded_beyond_what_sglang_may_hold(tmp_path):
     assert refused.value.is_busy
 
 
-def test_an_adapter_leaves_the_engine_when_nothing_is_computed_with_it(tmp_path):
+def test_an_adapter_leaves_the_scheduler_when_nothing_is_computed_with_it():
     """A request whose client has gone is computed for one more step at least, and SGLang would end by it."""
-    engine = Scheduler(str(tmp_path), 400).engine
+    unloads = Unloads()
     request = SimpleNamespace(lora_id="one")
     loop = SimpleNamespace(
         running_batch=SimpleNamespace(reqs=[]),
@@ -92,17 +92,16 @@ def test_an_adapter_leaves_the_engine_when_nothing_is_computed_with_it(tmp_path)
         gone.append(asked.lora_id)
         return "done"
 
-    assert engine.unload_adapter(original, loop, request) == "done"
+    assert unloads.ask(original, loop, request) == "done"
     loop.running_batch.reqs.append(SimpleNamespace(lora_id="two"))
     two = SimpleNamespace(lora_id="two")
-    assert engine.unload_adapter(original, loop, two).success
-    engine._unload_left(loop)
+    assert unloads.ask(original, loop, two).success
+    unloads.go_on(loop)
     assert gone == ["one"]
     loop.waiting_queue.append(loop.running_batch.reqs.pop())
-    engine._unload_left(loop)
+    unloads.go_on(loop)
     assert gone == ["one"]
     loop.waiting_queue.clear()
-    engine._unload_left(loop)
-    engine._unload_left(loop)
+    unloads.go_on(loop)
+    unloads.go_on(loop)
     assert gone == ["one", "two"]
-    engine.close()
