@@ -7,7 +7,8 @@ interpreter: slow, for tests. Triton is imported by the first call that needs it
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -16,10 +17,15 @@ _INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 HALF = (torch.bfloat16, torch.float16)
 
 LARGE = 1 << 20
-"""Elements of a right-hand factor from which on `matmul` works by blocks; a smaller one stays in the cache."""
+"""Elements of a right-hand factor from which on `matmul` may work by blocks; a smaller one stays in the cache."""
 COLUMNS = 256
 ROWS = 512
 """Its columns, and rows of the left-hand factor, at most, in a block."""
+TRIAL_ROWS = 1024
+"""Rows, at most, of the products by which `matmul` finds out what is faster."""
+TRIALS = 3
+CLEARLY = 0.95
+"""The share of the plain product's time that blocks may take at most to be chosen."""
 CACHED_ROWS = 128
 """Rows of a few thousand elements of which a few buffers stay in a CPU's cache."""
 
@@ -50,18 +56,48 @@ def goes_in_pieces(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def goes_by_blocks(a: Tensor, b: Tensor) -> bool:
-    """Whether `matmul` is not just a @ b."""
-    return a.shape[0] > 1 and b.numel() >= LARGE and goes_in_pieces(a.device, a.dtype)
+    """Whether `matmul` is not just a @ b. Of sizes that are new to this process both are tried first."""
+    if a.shape[0] <= 1 or b.numel() < LARGE or not goes_in_pieces(a.device, a.dtype):
+        return False
+    sizes = (min(a.shape[0], TRIAL_ROWS).bit_length(), b.shape, b.stride(), b.dtype)
+    if sizes not in _by_blocks_is_faster:
+        _by_blocks_is_faster[sizes] = by_blocks_is_faster(a[:TRIAL_ROWS], b)
+    return _by_blocks_is_faster[sizes]
+
+
+_by_blocks_is_faster: dict[object, bool] = {}
+"""By sizes, so that a process computes the same product in the same way, to the bit."""
+
+
+def by_blocks_is_faster(a: Tensor, b: Tensor) -> bool:
+    """Clearly, where this runs: the best of a few trials each, in turn."""
+    best = [
+        min(times)
+        for times in zip(
+            *((_seconds(torch.mm, a, b), _seconds(_by_blocks, a, b)) for _ in range(TRIALS)),
+            strict=True,
+        )
+    ]
+    return best[1] < CLEARLY * best[0]
+
+
+def _seconds(product: Callable[[Tensor, Tensor], Tensor], a: Tensor, b: Tensor) -> float:
+    start = time.perf_counter()
+    product(a, b)
+    return time.perf_counter() - start
 
 
 def matmul(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b, contiguous; on a CPU with a large `b` as batched products over blocks of b's columns.
+    """a @ b, contiguous; on a CPU with a large `b`, where it is faster, as batched products over blocks of its columns.
 
     A CPU's matrix product packs its factors before it begins, and its threads share the result by rows. Of few rows
-    packing `b` is most of the work; by blocks, each thread packs what its cache holds. Measured: docs/log.md.
+    packing `b` is most of the work; by blocks, each thread packs what its cache holds. Between processors of one name
+    either is faster by up to a half: docs/log.md.
     """
-    if not goes_by_blocks(a, b):
-        return a @ b
+    return _by_blocks(a, b) if goes_by_blocks(a, b) else a @ b
+
+
+def _by_blocks(a: Tensor, b: Tensor) -> Tensor:
     rows, columns = a.shape[0], b.shape[1]
     count, rest = divmod(columns, COLUMNS)
     blocks = b[:, : columns - rest].view(b.shape[0], count, COLUMNS).transpose(0, 1)

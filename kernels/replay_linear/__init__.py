@@ -73,7 +73,7 @@ def unread(shape: Sequence[int], like: Tensor) -> Tensor:
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x Wᵀ + bias, [T, E]."""
-    if not goes_by_blocks(x, weight):
+    if not goes_by_blocks(x, weight.T):
         # In 16 bits it adds the bias before it rounds.
         return torch.nn.functional.linear(x, weight, bias)
     y = matmul(x, weight.T)

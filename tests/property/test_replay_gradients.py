@@ -86,6 +86,8 @@ def sizes(tile=path_attention.TILE, block=None, heads=1 << 16):
         patch.setattr(path_attention, "TILE", tile)
         if block is not None:
             patch.setattr(dispatch, "LARGE", 0)
+            patch.setattr(dispatch, "_by_blocks_is_faster", {})
+            patch.setattr(dispatch, "by_blocks_is_faster", lambda a, b: True)
             patch.setattr(dispatch, "COLUMNS", block[0])
             patch.setattr(dispatch, "ROWS", block[1])
         patch.setattr(linear_logprob, "CHUNK_BYTES", heads * VOCAB * 8)

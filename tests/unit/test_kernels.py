@@ -61,6 +61,8 @@ def assert_equal(found, expected):
 def in_blocks(request, monkeypatch):
     """Products as with large weights, by (columns, rows): with a rest, without, and where it is all there is."""
     monkeypatch.setattr(dispatch, "LARGE", 0)
+    monkeypatch.setattr(dispatch, "_by_blocks_is_faster", {})
+    monkeypatch.setattr(dispatch, "by_blocks_is_faster", lambda a, b: True)
     monkeypatch.setattr(dispatch, "COLUMNS", request.param[0])
     monkeypatch.setattr(dispatch, "ROWS", request.param[1])
 
@@ -89,18 +91,34 @@ def test_replay_linear_in_blocks(bias, in_blocks):
     )
 
 
-def test_products_with_large_factors_go_by_blocks(monkeypatch):
-    """At the sizes that are set, and at no others."""
-    calls = []
+def test_products_with_large_factors_go_by_blocks_where_that_is_faster(monkeypatch):
+    """Which is found once for sizes that are alike, so that the same product comes out the same."""
+    blocks, trials = [], []
     bmm = torch.bmm
-    monkeypatch.setattr(torch, "bmm", lambda *args: calls.append(args[0].shape[:2]) or bmm(*args))
+
+    def trial(a, b):
+        trials.append(a.shape[0])
+        return a.shape[0] > 256
+
+    monkeypatch.setattr(torch, "bmm", lambda *args: blocks.append(args[0].shape[:2]) or bmm(*args))
+    monkeypatch.setattr(dispatch, "_by_blocks_is_faster", {})
+    monkeypatch.setattr(dispatch, "by_blocks_is_faster", trial)
     weight = torch.randn(1024, dispatch.LARGE // 1024)
-    for rows in (1, 2, dispatch.ROWS, dispatch.ROWS + 2):
+    for rows in (1, 2, 3, dispatch.ROWS, dispatch.ROWS + 2, dispatch.ROWS, 3000, 4000):
         a = torch.randn(rows, 1024)
         torch.testing.assert_close(dispatch.matmul(a, weight), a @ weight, rtol=1e-4, atol=1e-3)
     dispatch.matmul(torch.randn(2, 1024), weight[:, 1:])
+    assert trials == [2, dispatch.ROWS, dispatch.TRIAL_ROWS]
     half = dispatch.ROWS // 2 + 1
-    assert calls == [(4, 2), (4, dispatch.ROWS), (4, half), (4, half)]
+    assert blocks[:4] == [(4, dispatch.ROWS), (4, half), (4, half), (4, dispatch.ROWS)]
+    assert sum(rows for _, rows in blocks[4:]) == 7000
+
+
+@pytest.mark.parametrize("seconds, expected", [((3, 2), True), ((2, 3), False), ((3, 3), False)])
+def test_trial_takes_what_is_clearly_faster(seconds, expected, monkeypatch):
+    times = iter(seconds * dispatch.TRIALS)
+    monkeypatch.setattr(dispatch, "_seconds", lambda product, a, b: next(times))
+    assert dispatch.by_blocks_is_faster(torch.randn(2, 3), torch.randn(3, 2)) == expected
 
 
 @pytest.mark.parametrize("num_tokens", [0, 1, 7, dispatch.ROWS + 1])
