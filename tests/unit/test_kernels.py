@@ -114,7 +114,9 @@ def test_products_with_large_factors_go_by_blocks_where_that_is_faster(monkeypat
     assert sum(rows for _, rows in blocks[4:]) == 7000
 
 
-@pytest.mark.parametrize("seconds, expected", [((3, 2), True), ((2, 3), False), ((3, 3), False)])
+@pytest.mark.parametrize(
+    ("seconds", "expected"), [((3, 2), True), ((2, 3), False), ((3, 3), False)]
+)
 def test_trial_takes_what_is_clearly_faster(seconds, expected, monkeypatch):
     times = iter(seconds * dispatch.TRIALS)
     monkeypatch.setattr(dispatch, "_seconds", lambda product, a, b: next(times))
