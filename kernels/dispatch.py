@@ -71,14 +71,8 @@ _by_blocks_is_faster: dict[object, bool] = {}
 
 def by_blocks_is_faster(a: Tensor, b: Tensor) -> bool:
     """Clearly, where this runs: the best of a few trials each, in turn."""
-    best = [
-        min(times)
-        for times in zip(
-            *((_seconds(torch.mm, a, b), _seconds(_by_blocks, a, b)) for _ in range(TRIALS)),
-            strict=True,
-        )
-    ]
-    return best[1] < CLEARLY * best[0]
+    trials = [(_seconds(torch.mm, a, b), _seconds(_by_blocks, a, b)) for _ in range(TRIALS)]
+    return min(blocks for _, blocks in trials) < CLEARLY * min(plain for plain, _ in trials)
 
 
 def _seconds(product: Callable[[Tensor, Tensor], Tensor], a: Tensor, b: Tensor) -> float:
