@@ -26,8 +26,8 @@ TRIAL_ROWS = 1024
 TRIALS = 3
 CLEARLY = 0.95
 """The share of the plain product's time that blocks may take at most to be chosen."""
-CACHED_ROWS = 128
-"""Rows of a few thousand elements of which a few buffers stay in a CPU's cache."""
+CACHED = 1 << 18
+"""Elements of which a few buffers stay in a CPU's cache."""
 
 
 def uses_triton(x: Tensor) -> bool:
@@ -36,11 +36,12 @@ def uses_triton(x: Tensor) -> bool:
 
 
 def row_slices(x: Tensor) -> Iterator[slice]:
-    """`CACHED_ROWS` rows at a time, for elementwise work of several passes on a CPU: all but the first find them in the
-    cache.
+    """About `CACHED` elements at a time, for elementwise work of several passes on a CPU: all but the first find them
+    in the cache.
     """
     rows = x.shape[0]
-    return (slice(i, min(i + CACHED_ROWS, rows)) for i in range(0, rows, CACHED_ROWS))
+    step = max(1, CACHED * rows // max(1, x.numel()))
+    return (slice(i, min(i + step, rows)) for i in range(0, rows, step))
 
 
 def wide_mm(a: Tensor, b: Tensor) -> Tensor:

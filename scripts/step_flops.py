@@ -25,7 +25,7 @@ import torch
 from step_workload import WorkloadConfig
 from torch.utils.flop_counter import FlopCounterMode
 
-from alchemist.kernels.path_attention import TILE
+from alchemist.kernels.path_attention.cpu import TILE, aligned
 
 
 class Flops(NamedTuple):
@@ -102,7 +102,7 @@ def _attention(config: WorkloadConfig, sequence: int, queries: int) -> int:
     pairs = 0
     for start in range(sequence - queries, sequence, TILE):
         end = min(start + TILE, sequence)
-        pairs += (end - start) * end
+        pairs += (end - start) * aligned(end)
     return 2 * config.hidden_size * pairs
 
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 import torch
 from step_workload import WorkloadConfig
 
-from alchemist.kernels.path_attention import TILE
+from alchemist.kernels.path_attention.cpu import TILE
 
 Product = Callable[[], object]
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import torch
 
+from alchemist.kernels.dispatch import CACHED
 from alchemist.kernels.gated_mlp import num_pieces
 from alchemist.kernels.linear_logprob import CHUNK_BYTES
-from alchemist.kernels.path_attention import TILE
+from alchemist.kernels.path_attention.cpu import TILE
 
 from .families import ModelShape
 from .lora import LoraConfig, module_sizes
@@ -60,7 +61,7 @@ def step_bytes(
         mlp = tokens * (5 * h + 2 * q + 3 * kv + normed_qk + gate_up)
         mlp += piece(tokens) * (3 * inner - gate_up) + joined(tokens)
         keys = 2 * (rows + tokens) * kv if rows else 0
-        attention = tokens * (2 * h + 4 * q + 3 * kv + normed_qk)
+        attention = tokens * (2 * h + 5 * q + 3 * kv + normed_qk)
         after = tokens * (values - 2 * inner + gate_up + h) + kept
         return max(mlp, attention + keys + 2 * path + 3 * score_tile, after)
 
@@ -68,9 +69,9 @@ def step_bytes(
     if reference:
         peaks.append(forward_peak(differentiated + scored, 0, 0, has_backward=False))
     row = values if not recorded else values - (0 if shape.has_qk_norm else kv)
-    swiglu = piece(differentiated) * 3 * inner + 4 * min(differentiated, 128) * inner
+    swiglu = piece(differentiated) * 3 * inner + 4 * min(differentiated * inner, CACHED)
     swiglu += differentiated * (3 * h + q) + joined(differentiated)
-    attention = differentiated * (4 * h + 4 * q + 4 * kv) + 4 * path + 5 * score_tile
+    attention = differentiated * (4 * h + 5 * q + 4 * kv) + 4 * path + 5 * score_tile
     fetch = kept + differentiated * h if recorded else 0
     peaks.append(below + differentiated * row + max(swiglu, attention, fetch))
     # In the last layer only answer positions go past keys and values.

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from alchemist.kernels.dispatch import uses_triton
 
-from . import PathBlock, _as_slice
+from . import PathBlock, as_slice
 
 MOST_TABLE = 4
 """Entries of all requests' tables for each key of all paths. With more, missing and recorded tokens alternate so often
@@ -113,7 +113,7 @@ def split(plan: list[PathBlock], slots: Tensor) -> PagedPlan:
             first += size
     empty = slots[:0]
     # A slice where it can be: the queries are then neither gathered nor scattered.
-    order = _as_slice(torch.cat(rows)) if rows else slice(0, 0)
+    order = as_slice(torch.cat(rows)) if rows else slice(0, 0)
     if isinstance(order, Tensor):
         order = order.to(plan[0].queries.device)
     return PagedPlan(

@@ -57,12 +57,13 @@ def _reciprocal_std(x: Tensor, eps: float) -> Tensor:
     )
 
 
-def _gradient(summed: Tensor, rstd: Tensor, weight: Tensor, d_normed: Tensor) -> Tensor:
-    """rstd · (g − s · mean(g·s) · rstd²) with g = dn · w."""
-    g = d_normed.to(rstd.dtype) * weight
+def _gradient(
+    summed: Tensor, rstd: Tensor, weight: Tensor, d_normed: Tensor, room: Tensor | None
+) -> Tensor:
+    """rstd · (g − s · mean(g·s) · rstd²) with g = dn · w, in rstd's dtype; in `room` if there is some."""
+    g = torch.mul(d_normed.to(rstd.dtype), weight, out=room)
     mean = torch.linalg.vecdot(g, summed.to(rstd.dtype)).unsqueeze(-1).div_(summed.shape[-1])
-    g.addcmul_(summed, mean.mul_(rstd.square()), value=-1).mul_(rstd)
-    return g.to(summed.dtype)
+    return g.addcmul_(summed, mean.mul_(rstd.square()), value=-1).mul_(rstd)
 
 
 class _AddRmsNorm(torch.autograd.Function):
@@ -88,12 +89,16 @@ class _AddRmsNorm(torch.autograd.Function):
         normed = torch.empty_like(summed, memory_format=torch.contiguous_format)
         wide = torch.float64 if x.dtype == torch.float64 else torch.float32
         rstd = normed.new_empty(*normed.shape[:-1], 1, dtype=wide)
+        narrow = x.dtype != wide
         for rows in row_slices(summed):
             if known is None:
                 torch.add(x[rows], addend[rows], out=summed[rows])
             part = summed[rows]
             rstd[rows] = _reciprocal_std(part, eps)
-            normed[rows] = (part * rstd[rows]).mul_(weight)
+            if narrow:
+                normed[rows] = (part * rstd[rows]).mul_(weight)
+            else:
+                torch.mul(part, rstd[rows], out=normed[rows]).mul_(weight)
         ctx.save_for_backward(summed, rstd, weight)
         return summed, normed
 
@@ -110,6 +115,11 @@ class _AddRmsNorm(torch.autograd.Function):
         elif d_normed is not None:
             dx = torch.empty_like(summed, memory_format=torch.contiguous_format)
             for rows in row_slices(summed):
-                g = _gradient(summed[rows], rstd[rows], weight, d_normed[rows])
-                dx[rows] = g if d_sum is None else g.add_(d_sum[rows])
+                room = dx[rows] if dx.dtype == rstd.dtype else None
+                g = _gradient(summed[rows], rstd[rows], weight, d_normed[rows], room)
+                if room is None:
+                    # In 16 bits the two gradients are rounded before they are added, as autograd does.
+                    dx[rows] = g
+                if d_sum is not None:
+                    dx[rows] += d_sum[rows]
         return dx, dx if ctx.has_addend else None, None, None, None

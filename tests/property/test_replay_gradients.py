@@ -19,7 +19,8 @@ from engine_support import (
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from alchemist.kernels import dispatch, linear_logprob, path_attention
+from alchemist.kernels import dispatch, linear_logprob
+from alchemist.kernels.path_attention import cpu as cpu_attention
 from alchemist.trainer.lora import MODULES, LoraAdapter, LoraConfig
 from alchemist.trainer.step import Objective, Sample, VersionGroup
 
@@ -78,12 +79,12 @@ def served(sample):
 
 
 @contextlib.contextmanager
-def sizes(tile=path_attention.TILE, block=None, heads=1 << 16):
+def sizes(tile=cpu_attention.TILE, block=None, heads=1 << 16):
     """Where the kernels cut: queries a tile, columns and rows a block of a product (then every factor is large), heads
     (of float64) a chunk of logits.
     """
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(path_attention, "TILE", tile)
+        patch.setattr(cpu_attention, "TILE", tile)
         if block is not None:
             patch.setattr(dispatch, "LARGE", 0)
             patch.setattr(dispatch, "_by_blocks_is_faster", {})
@@ -233,5 +234,5 @@ def test_long_completions_of_one_conversation(family, share):
     with sizes(block=(5, 512), heads=7):
         versions = [(adapter, list(zip(samples, masks, strict=True)))]
         result = compare(model, versions, KTO, LIMITS[torch.float64])
-    assert result.tokens_reused > path_attention.TILE
+    assert result.tokens_reused > cpu_attention.TILE
     assert (result.tokens_recomputed > 512) is (share < 0.5)

@@ -19,6 +19,7 @@ from alchemist.kernels.gated_mlp import Projection
 from alchemist.kernels.gated_mlp import reference as gated_mlp_reference
 from alchemist.kernels.linear_logprob import reference as linear_logprob_reference
 from alchemist.kernels.path_attention import PathBlock
+from alchemist.kernels.path_attention import cpu as cpu_attention
 from alchemist.kernels.path_attention import reference as path_attention_reference
 from alchemist.kernels.replay_linear import LoraPart, unread
 from alchemist.kernels.replay_linear import reference as replay_linear_reference
@@ -312,7 +313,7 @@ def test_path_attention(case, tile):
     plan, num_queries, num_keys, groups = case
     torch.manual_seed(0)
     q, k, v = leaf(num_queries, 2 * groups, 4), leaf(num_keys, 2, 4), leaf(num_keys, 2, 4)
-    default, path_attention.TILE = path_attention.TILE, tile
+    default, cpu_attention.TILE = cpu_attention.TILE, tile
     try:
         _, weights, grads = compare(
             lambda: (path_attention.path_attention(q, k, v, plan),),
@@ -323,7 +324,7 @@ def test_path_attention(case, tile):
         replayed = path_attention.path_attention(q, k, v, plan, unread(q.shape, q))
         assert_equal(torch.autograd.grad(replayed, [q, k, v], weights), grads)
     finally:
-        path_attention.TILE = default
+        cpu_attention.TILE = default
 
 
 def test_tokens_that_are_nearly_certain_keep_their_gradient_in_16_bits():
