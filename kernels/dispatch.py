@@ -60,14 +60,16 @@ def goes_by_blocks(a: Tensor, b: Tensor) -> bool:
     """Whether `matmul` is not just a @ b. Of sizes that are new to this process both are tried first."""
     if a.shape[0] <= 1 or b.numel() < LARGE or not goes_in_pieces(a.device, a.dtype):
         return False
-    sizes = (min(a.shape[0], TRIAL_ROWS).bit_length(), b.shape, b.stride(), b.dtype)
-    if sizes not in _by_blocks_is_faster:
-        _by_blocks_is_faster[sizes] = by_blocks_is_faster(a[:TRIAL_ROWS], b)
-    return _by_blocks_is_faster[sizes]
+    # To a power of two: tokens are as many as a batch happens to have.
+    sizes = (min(a.shape[0], TRIAL_ROWS), *b.shape)
+    kind = (*(size.bit_length() for size in sizes), b.stride(0) < b.stride(1), b.dtype)
+    if kind not in _by_blocks_is_faster:
+        _by_blocks_is_faster[kind] = by_blocks_is_faster(a[:TRIAL_ROWS], b)
+    return _by_blocks_is_faster[kind]
 
 
 _by_blocks_is_faster: dict[object, bool] = {}
-"""By sizes, so that a process computes the same product in the same way, to the bit."""
+"""By kind of product, so that a process computes the same one in the same way, to the bit."""
 
 
 def by_blocks_is_faster(a: Tensor, b: Tensor) -> bool:

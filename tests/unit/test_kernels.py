@@ -110,6 +110,9 @@ def test_products_with_large_factors_go_by_blocks_where_that_is_faster(monkeypat
         torch.testing.assert_close(dispatch.matmul(a, weight), a @ weight, rtol=1e-4, atol=1e-3)
     dispatch.matmul(torch.randn(2, 1024), weight[:, 1:])
     assert trials == [2, dispatch.ROWS, dispatch.TRIAL_ROWS]
+    for tokens in (2049, 2050, 4000):
+        dispatch.matmul(torch.randn(16, tokens), torch.randn(tokens, 1024))
+    assert trials[3:] == [16]
     half = dispatch.ROWS // 2 + 1
     assert blocks[:4] == [(4, dispatch.ROWS), (4, half), (4, half), (4, dispatch.ROWS)]
     assert sum(rows for _, rows in blocks[4:]) == 7000
