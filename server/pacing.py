@@ -37,6 +37,7 @@ class Pacing:
         self._lease = lease
         self.targets = targets
         self.share = 0.0
+        self.num_cuts = 0
         self._recent: deque[Observation] = deque(maxlen=WINDOW)
         self._slow: set[Pace] = set()
 
@@ -52,7 +53,9 @@ class Pacing:
 
     def finished(self, seen: Observation) -> None:
         self._recent.append(seen)
-        self.share = decide(self.share, list(self._recent), self.targets)
+        before = self.share
+        self.share = decide(before, list(self._recent), self.targets)
+        self.num_cuts += self.share < before
         self._write()
 
     def mark(self, pace: Pace, *, is_slow: bool) -> None:
@@ -71,6 +74,7 @@ class Pace:
         self._pacing = pacing
         self._is_stream = is_stream
         self._began = time.monotonic()
+        self._cuts_before = pacing.num_cuts
         self._first: dict[str, tuple[float, int]] = {}
         """Of each answer: when its first tokens came, and how many."""
         self._waiting: asyncio.TimerHandle | None = None
@@ -91,9 +95,12 @@ class Pace:
         now = time.monotonic()
         rid, num_tokens = meta_info["id"], meta_info.get("completion_tokens", 0)
         reason = meta_info.get("finish_reason")
+        is_of_last_cut = self._cuts_before < self._pacing.num_cuts
         if not self._is_stream:
             total_ms = (now - self._began) * 1e3
-            seen = Observation(total_ms=total_ms, num_tokens=num_tokens)
+            seen = Observation(
+                total_ms=total_ms, num_tokens=num_tokens, is_of_last_cut=is_of_last_cut
+            )
         else:
             self.close()
             at, before = self._first.setdefault(rid, (now, num_tokens))
@@ -102,6 +109,7 @@ class Pace:
                 ttft_ms=(at - self._began) * 1e3,
                 tpot_ms=(now - at) * 1e3 / gaps if gaps else None,
                 num_tokens=num_tokens,
+                is_of_last_cut=is_of_last_cut,
             )
             progress = Observation(tpot_ms=seen.tpot_ms if gaps >= _MIN_TOKENS else None)
             self._pacing.mark(self, is_slow=self._pacing.targets.is_at_risk(progress))

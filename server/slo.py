@@ -1,7 +1,8 @@
 """Lease policy `slo`: how much of the time requests are in flight the trainer may have, from the latencies observed.
 
 Additive increase, multiplicative decrease, as in congestion control: a request that came through with room to spare
-adds `STEP` to the share, one that was at risk halves it, and for `WINDOW` requests after that it does not rise. A
+adds `STEP` to the share, one that was at risk halves it, and for `WINDOW` requests after that it does not rise. As there,
+what was under way when the share was cut does not cut it again: a rush puts all requests in flight at risk at once. A
 latency is at risk beyond `MARGIN` of its target, so the share falls before a target is missed. Pure, no clock.
 """
 
@@ -30,6 +31,8 @@ class Observation(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
     total_ms: float | None = None
     """From arrival to the end, of an answer given as a whole: when its first token came nobody saw."""
     num_tokens: int = 0
+    is_of_last_cut: bool = False
+    """It arrived before the share was last cut."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,6 +69,8 @@ def decide(share: float, recent: Sequence[Observation], targets: Targets) -> flo
     """
     at_risk = [targets.is_at_risk(seen) for seen in recent[-WINDOW:]]
     if at_risk[-1]:
+        if recent[-1].is_of_last_cut:
+            return share
         share *= BACK_OFF
         return share if share >= FLOOR else 0.0
     if any(at_risk) or targets.pressure(recent[-1]) is None:

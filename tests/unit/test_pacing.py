@@ -90,6 +90,20 @@ async def test_other_requests_do_not_release_a_brake():
         assert pacing.share == pytest.approx(0.5 + STEP)
 
 
+async def test_requests_that_are_late_together_halve_the_share_once():
+    lease, pacing = made(ttft_ms=10)
+    with pacing.watch(is_stream=True) as one, pacing.watch(is_stream=True) as other:
+        await asyncio.sleep(0.03)
+        one.saw(chunk(1, "stop", rid="a"))
+        assert (lease.share, pacing.share) == (0.0, 0.25)
+        with pacing.watch(is_stream=True) as later:
+            other.saw(chunk(1, "stop", rid="b"))
+            assert pacing.share == 0.25
+            await asyncio.sleep(0.03)
+            later.saw(chunk(1, "stop", rid="c"))
+    assert lease.share == pacing.share == 0.125
+
+
 async def test_aborted_requests_say_nothing():
     lease, pacing = made(ttft_ms=1e6)
     with pacing.watch(is_stream=True) as pace:

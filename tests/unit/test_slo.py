@@ -29,6 +29,7 @@ observations = st.builds(
     tpot_ms=latency,
     total_ms=latency,
     num_tokens=st.integers(0, 4096),
+    is_of_last_cut=st.booleans(),
 )
 shares = st.floats(0, 1)
 
@@ -60,6 +61,13 @@ def test_at_risk_comes_before_missed():
     assert TARGETS.is_at_risk(Observation(ttft_ms=200.0 * MARGIN + 1))
     assert not TARGETS.is_at_risk(Observation(ttft_ms=200.0 * MARGIN - 1))
     assert MARGIN < 1
+
+
+def test_a_rush_cuts_the_share_once_and_holds_it():
+    echo = msgspec.structs.replace(SLOW, is_of_last_cut=True)
+    decided = replay([SLOW, echo, echo, *[EASY] * WINDOW], TARGETS, share=0.8)
+    assert decided == pytest.approx([0.4] * (2 + WINDOW) + [0.4 + STEP])
+    assert replay([SLOW, echo, SLOW], TARGETS, share=0.8)[-1] == pytest.approx(0.2)
 
 
 def test_lasting_trouble_leaves_nothing():
@@ -95,7 +103,7 @@ def test_the_share_stays_within_bounds_and_the_function_is_pure(share, recent):
     assert first == decide(share, recent, TARGETS) == decide(share, recent[-WINDOW:], TARGETS)
     assert 0 <= first <= 1
     if TARGETS.is_at_risk(recent[-1]):
-        assert first <= share * BACK_OFF
+        assert first <= share * (1 if recent[-1].is_of_last_cut else BACK_OFF)
     else:
         assert first <= share + STEP
 
