@@ -1,9 +1,9 @@
 """Lease policy `slo`: how much of the time requests are in flight the trainer may have, from the latencies observed.
 
 Additive increase, multiplicative decrease, as in congestion control: a request that came through with room to spare
-adds `STEP` to the share, one that was at risk halves it, and for `WINDOW` requests after that it does not rise. What was
-under way when the share was cut does not cut it again, as there: a rush puts all requests in flight at risk at once. A
-latency is at risk beyond `MARGIN` of its target, so the share falls before a target is missed. Pure, no clock.
+adds `STEP` to the share, one that was at risk halves it, and for `WINDOW` requests after that it does not rise. What
+was under way when the share was cut does not cut it again, as there: a rush puts all requests in flight at risk at
+once. A latency is at risk beyond `MARGIN` of its target, so the share falls before a target is missed. Pure, no clock.
 """
 
 from __future__ import annotations
