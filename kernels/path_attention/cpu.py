@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 
 from . import PathBlock, as_slice
+from .kept import Kept
 
 TILE = 64
 """Queries per tile: the score matrix of a tile stays near a core's cache, and the causal corner is small."""
 ALIGNED = 16
 """Columns of scores are a multiple of it, the last ones hidden: rows of odd length make a product a tenth slower."""
-_KEPT = 4
 
 
 class Tile(NamedTuple):
@@ -52,21 +52,16 @@ class Path(NamedTuple):
         return self.keys[shared:]
 
 
-_prepared: list[tuple[list[PathBlock], int, list[Path]]] = []
+_prepared = Kept[list[Path]]()
 
 
 def prepared(plan: list[PathBlock]) -> list[Path]:
-    """The plan's paths and tiles, kept for the last few plans: every layer of a batch asks for the same ones."""
-    for known, tile, paths in _prepared:
-        if known is plan and tile == TILE:
-            return paths
-    paths, before = [], None
-    for block in plan:
-        paths.append(_path(block, before))
-        before = block
-    _prepared.insert(0, (plan, TILE, paths))
-    del _prepared[_KEPT:]
-    return paths
+    """The plan's paths and tiles."""
+
+    def make() -> list[Path]:
+        return [_path(block, before) for block, before in zip(plan, [None, *plan], strict=False)]
+
+    return _prepared.of(plan, TILE, make)
 
 
 def _path(block: PathBlock, before: PathBlock | None) -> Path:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from . import PathBlock
+from .kept import Kept
 
 Ints = npt.NDArray[np.int64]
 
@@ -66,19 +67,13 @@ def pack(plan: list[PathBlock], queries_per_tile: int, keys_per_tile: int) -> Pa
     )
 
 
-_KEPT = 4
-_packed: list[tuple[list[PathBlock], int, int, PackedPlan]] = []
+_packed = Kept[PackedPlan]()
 
 
 def packed(plan: list[PathBlock], queries_per_tile: int, keys_per_tile: int) -> PackedPlan:
-    """`pack`, kept for the last few plans: every layer of a batch asks for the same ones."""
-    for entry in _packed:
-        if entry[0] is plan and entry[1:3] == (queries_per_tile, keys_per_tile):
-            return entry[3]
-    found = pack(plan, queries_per_tile, keys_per_tile)
-    _packed.insert(0, (plan, queries_per_tile, keys_per_tile, found))
-    del _packed[_KEPT:]
-    return found
+    """`pack`, kept for the last few plans."""
+    sizes = queries_per_tile, keys_per_tile
+    return _packed.of(plan, sizes, lambda: pack(plan, *sizes))
 
 
 def _query_tiles(depths: Ints, starts: Ints, ends: Ints, lengths: Ints, size: int) -> Ints:
