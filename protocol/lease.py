@@ -268,16 +268,22 @@ class Gate:
     """
 
     def __init__(
-        self, lease: Lease, alive: Callable[[], bool], drain: Callable[[], None] | None = None
+        self,
+        lease: Lease,
+        alive: Callable[[], bool],
+        drain: Callable[[], None] | None = None,
+        on_state: Callable[[LeaseState], None] | None = None,
     ) -> None:
         """Args:
         alive: whether the server still lives; when not, the process ends.
         drain: waits until the device has done what is enqueued; the lease is not given up before. None: there is
             nothing to wait for.
+        on_state: called when the state has changed.
         """
         self._lease = lease
         self._alive = alive
         self._drain = drain
+        self._on_state = on_state
         self._allowance = Allowance()
         self.state = LEASE.initial
         self.waited_s = 0.0
@@ -354,3 +360,5 @@ class Gate:
 
     def _advance(self, event: LeaseEvent) -> None:
         self.state = LEASE.step(self.state, event)
+        if self._on_state is not None:
+            self._on_state(self.state)

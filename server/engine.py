@@ -22,6 +22,7 @@ import torch
 import zmq
 
 from alchemist.protocol import messages
+from alchemist.protocol.cores import divides
 from alchemist.protocol.errors import ProtocolError
 from alchemist.protocol.layout import ActivationDtype, RowLayout
 from alchemist.protocol.lease import Lease
@@ -29,6 +30,7 @@ from alchemist.protocol.shm import TensorHandle
 from alchemist.protocol.streams import copied
 from alchemist.protocol.tensors import Arena, DeviceExport, dtype_name, share
 from alchemist.server.appraisal import Text
+from alchemist.server.cores import Cores
 from alchemist.server.harmless import guard, harmless
 from alchemist.server.lender import Lender
 from alchemist.server.machine_memory import auto_host_bytes, free_memory_bytes
@@ -71,6 +73,8 @@ class Engine:
         self._control.setsockopt(zmq.SNDHWM, 0)
         self._control.connect(run.control_address)
         self._desk: zmq.Socket[bytes] | None = None
+        self._cores: Cores | None = None
+        """Where they are divided with the trainer."""
         self._scheduler: Any = None
         self._kv: Arena | DeviceExport | None = None
         self._kv_handles: dict[str, TensorHandle] = {}
@@ -122,6 +126,8 @@ class Engine:
             memory=None if self.config.no_train else self._share(runner),
         )
         self._control.send(messages.encode(hello))
+        if runner.device == "cpu" and divides(self.config.lease_policy):
+            self._cores = Cores(self.lease)
 
     def _share(self, runner: Any) -> messages.SharedMemory:
         """What the trainer maps: weights, KV pool, recorded rows."""
@@ -245,6 +251,8 @@ class Engine:
     @harmless(False)
     def begin_forward(self, batch: Any) -> bool:
         """Whether this forward is being recorded."""
+        if self._cores is not None:
+            self._cores.take(is_decode=batch.forward_mode.is_decode())
         # SGLang's own warm-up has no requests.
         if self.recorder is None or batch.rids is None:
             return False

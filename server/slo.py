@@ -14,11 +14,11 @@ from dataclasses import dataclass
 import msgspec
 
 MARGIN = 0.8
-STEP = 0.02
+STEP = 0.05
 BACK_OFF = 0.5
 FLOOR = 0.01
 """A smaller share is none: it would be a quantum every few seconds."""
-WINDOW = 16
+WINDOW = 8
 
 
 class Observation(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

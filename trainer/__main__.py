@@ -16,15 +16,11 @@ def _stand_back(lease_policy: str) -> None:
     """Where the processor also serves, serving goes first even before the lease says so.
 
     The lowest class, not only a nice value: two OpenMP teams on the same cores wait for each other at every barrier;
-    under `SCHED_IDLE` the server's threads push the trainer's aside at once. Threads started later inherit it. Under
-    policy slo, too: what serving leaves of the cores is slack that costs no latency.
-
-    Policy share promises time, so there the trainer stays in the normal class: on a busy core the lowest one gets
-    nothing done in its quanta (with a share of 0.3 a thousandth of a core, against 0.07 at nice 0). It cannot change
-    class by the quantum: without privileges there is no way back. Nor has it a lower priority under none, which is to
-    show what the lease and all of this are good for.
+    under `SCHED_IDLE` the server's threads push the trainer's aside at once. Threads started later inherit it. Where
+    the trainer may run beside requests it has cores to itself while the server decodes (`protocol/cores.py`). Under
+    policy none it has no lower priority, which is to show what the lease and all of this are good for.
     """
-    if lease_policy in ("share", "none"):
+    if lease_policy == "none":
         return
     try:
         os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))

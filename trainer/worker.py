@@ -11,7 +11,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import msgspec
@@ -20,9 +20,10 @@ import zmq
 from transformers import AutoConfig
 
 from alchemist.protocol import messages
+from alchemist.protocol.cores import divides, trainer_cores
 from alchemist.protocol.lease import Gate, Lease
 from alchemist.protocol.manifest import Manifest
-from alchemist.protocol.states import TrainerEvent
+from alchemist.protocol.states import LeaseState, TrainerEvent
 from alchemist.protocol.tensors import Importer
 from alchemist.trainer.families import ModelShape
 from alchemist.trainer.launches import Launches
@@ -66,6 +67,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     max_grad_norm: float
     train_max_tokens: int
     max_staleness: int
+    lease_policy: str
     seed: int
 
 
@@ -102,6 +104,7 @@ class Worker:
             self.lease,
             alive=lambda: os.getppid() == server_pid,
             drain=launches.drain if launches else None,
+            on_state=_take_cores() if launches is None and divides(settings.lease_policy) else None,
         )
         view = None
         self.desk: RowDesk | None = None
@@ -472,3 +475,13 @@ def run(address: str, server_pid: int) -> None:
     if worker is not None:
         worker.close()
     context.destroy(linger=1000)
+
+
+def _take_cores() -> Callable[[LeaseState], None]:
+    """On a CPU the trainer keeps to its part of the cores where it does not have them for itself."""
+    every = torch.get_num_threads()
+
+    def on_state(state: LeaseState) -> None:
+        torch.set_num_threads(every if state is LeaseState.GRANTED else trainer_cores(every))
+
+    return on_state

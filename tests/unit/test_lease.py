@@ -214,6 +214,23 @@ def test_an_idle_time_ends_metering():
     assert gate.state is LeaseState.GRANTED
 
 
+def test_whoever_asks_is_told_the_state_when_it_changes():
+    lease, _ = running()
+    seen = []
+    gate = Gate(lease, alive=lambda: True, on_state=seen.append)
+    gate()
+    assert not seen
+    lease.set_share(1.0)
+    lease.set_front_busy(1)
+    gate()
+    gate()
+    assert seen == [LeaseState.METERED]
+    lease.set_share(0.0)
+    threading.Timer(0.05, lease.set_front_busy, [0]).start()
+    gate()
+    assert seen == [LeaseState.METERED, LeaseState.REVOKED, LeaseState.GRANTED]
+
+
 def test_gates_are_counted():
     lease, gate = running()
     for _ in range(3):

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 
+import msgspec
 import pytest
 import torch
 import zmq
 from engine_support import VOCAB, random_model
 
 from alchemist.protocol import messages
+from alchemist.protocol.cores import trainer_cores
 from alchemist.protocol.lease import Lease
 from alchemist.protocol.states import TrainerEvent
 from alchemist.protocol.tensors import share
@@ -31,7 +33,7 @@ def start(tmp_path):
     lease = Lease.create()
     layout = ModelShape.from_config(model.config).row_layout(torch.float32)
     welcome = messages.Welcome(
-        config=Config(lora_rank=2, objective="kto").to_json().encode(),
+        config=b"",
         data_dir=str(tmp_path / "data"),
         model_path=str(tmp_path / "model"),
         context_length=LIMIT,
@@ -41,11 +43,13 @@ def start(tmp_path):
     )
     workers = []
 
-    def start():
+    def start(**options):
         if workers:
             workers.pop().close()
             lease.advance(TrainerEvent.DIED)
-        workers.append(Worker(welcome, context, os.getppid()))
+        config = Config(lora_rank=2, objective="kto", **options).to_json().encode()
+        told = msgspec.structs.replace(welcome, config=config)
+        workers.append(Worker(told, context, os.getppid()))
         return workers[-1]
 
     with zmq.Context() as context:
@@ -146,3 +150,21 @@ def test_a_step_can_be_tried_before_there_are_votes(worker, start):
     again._try_out(again.engine._weights)
     second = train(again, completion("one", 6, 4))
     assert second.metrics["grad_norm"] == first.metrics["grad_norm"]
+
+
+@pytest.mark.parametrize("policy", ["share", "none", "idle"])
+def test_beside_requests_it_keeps_to_its_part_of_the_cores_where_they_are_divided(start, policy):
+    before = torch.get_num_threads()
+    torch.set_num_threads(6)
+    try:
+        worker = start(lease_policy=policy)
+        worker.lease.advance(TrainerEvent.STEP_BEGUN)
+        worker.lease.set_share(1.0)
+        worker.lease.set_front_busy(1)
+        worker.gate()
+        assert torch.get_num_threads() == (trainer_cores(6) if policy == "share" else 6)
+        worker.lease.set_front_busy(0)
+        worker.gate()
+        assert torch.get_num_threads() == 6
+    finally:
+        torch.set_num_threads(before)
