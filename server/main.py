@@ -39,6 +39,11 @@ _FUSED = {"qkv_proj": {"q_proj", "k_proj", "v_proj"}, "gate_up_proj": {"gate_pro
 """As SGLang also lets one say."""
 _MODEL_FLAGS = {"--model-path", "--model"}
 
+KEEP_ALIVE_S = "75"
+"""Seconds a quiet connection is kept. After SGLang's five, which are the OpenAI client's too, the next request, often
+the vote on an answer that has been read, would now and then meet a connection that is just being closed.
+"""
+
 
 def main(argv: list[str] | None = None) -> None:
     """Serve until a signal (exit status 0), a dead engine (1), or not at all: something cannot be as asked (2)."""
@@ -76,6 +81,7 @@ def _launch(config: Config, sglang_argv: list[str]) -> None:
     directory = _make_run_directory()
     try:
         _confine(directory)
+        os.environ.setdefault("SGLANG_TIMEOUT_KEEP_ALIVE", KEEP_ALIVE_S)
         lease = Lease.create()
         run = Run(directory=directory, config=config.to_json(), lease=lease.segment.handle)
         run.publish()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import http.client
 import ipaddress
 import stat
+import time
 from pathlib import Path
 
 import httpx
@@ -141,3 +143,16 @@ def test_an_admin_key_opens_admin_routes_to_its_holder_only(tmp_path):
         status = running.stop()
     assert status == 0, running.tail()
     assert list((tmp_path / "profile").glob("*.trace.json.gz"))
+
+
+def test_a_connection_outlives_the_reading_of_an_answer(server):
+    """Longer than SGLang's five seconds, after which clients keep none either."""
+    connection = http.client.HTTPConnection(server.url.removeprefix("http://"))
+    connection.request("GET", "/v1/models")
+    connection.getresponse().read()
+    before = connection.sock
+    time.sleep(6.5)
+    connection.request("GET", "/v1/models")
+    assert connection.getresponse().status == 200
+    assert connection.sock is before is not None
+    connection.close()
