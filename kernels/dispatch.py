@@ -62,7 +62,8 @@ def goes_by_blocks(a: Tensor, b: Tensor) -> bool:
         return False
     # To a power of two: tokens are as many as a batch happens to have.
     sizes = (min(a.shape[0], TRIAL_ROWS), *b.shape)
-    kind = (*(size.bit_length() for size in sizes), b.stride(0) < b.stride(1), b.dtype)
+    spread = (b.stride(0) < b.stride(1), b.dtype, torch.get_num_threads())
+    kind = (*(size.bit_length() for size in sizes), *spread)
     if kind not in _by_blocks_is_faster:
         _by_blocks_is_faster[kind] = by_blocks_is_faster(a[:TRIAL_ROWS], b)
     return _by_blocks_is_faster[kind]
