@@ -11,6 +11,9 @@ prompt token.
 The model: recording costs `fixed + per_token · n` seconds for a prompt of n tokens, and saves `saved · n` if a vote
 comes. With the chance p of a vote it pays from n = fixed / (p · saved − per_token) tokens on: `record_min_tokens_pP`.
 
+`ttft_recording_N`: the time to the first token of prompts of N tokens ÷ that of others of the same length that are not
+to be recorded, in turn on one server: two servers that do the same differ by more than what recording costs.
+
 A third server records answers, too. `tpot_decode_recording`: the time of long answers to short prompts, one at a time,
 ÷ that of its answers to requests that are not to be recorded; `tpot_decode_recording_8`: of eight at once.
 `answers_…_per_token_us`: what rows of whole completions cost that server's scheduler, in turn with requests that are
@@ -50,6 +53,9 @@ STEPS = 2
 TPOTS = {1: "tpot_decode_recording", 8: "tpot_decode_recording_8"}
 """By how many answers are given at once."""
 TPOT_BAR = 1.02
+TTFTS = {n: f"ttft_recording_{n}" for n in (128, 512, 2048)}
+"""By prompt length."""
+TTFT_BAR = 1.03
 
 
 class Side:
@@ -176,6 +182,26 @@ def measure(run: Run, none: Side, recording: Side, requests: int, batch: int) ->
     }
 
 
+def measure_ttft(run: Run, side: Side, rounds: int) -> None:
+    draw = random.Random(3)
+    for length, name in TTFTS.items():
+        seconds: dict[bool, list[float]] = {True: [], False: []}
+        for i in progress(range(rounds), name):
+            for record in (True, False) if i % 2 else (False, True):
+                prompt = [draw.randrange(10, VOCABULARY) for _ in range(length)]
+                held = side.num_rows if i < 2 else 0
+                took, _ = side.generate([prompt], 1, record=record)
+                side.settle()
+                recorded = side.num_rows - held if i < 2 else 0
+                if i < 2 and (recorded >= length - 1) != record:
+                    sys.exit(f"gate: {recorded} new rows, a prompt of {length} tokens")
+                seconds[record].append(took)
+        ratios = [ours / its for ours, its in zip(seconds[True], seconds[False], strict=True)]
+        row = Row(name, statistics.median(ratios), "x", quartiles(ratios), len(ratios))
+        row.against, row.less_is_better, row.bar = "the same, not recorded", True, TTFT_BAR
+        run.add(row)
+
+
 def measure_answers(run: Run, side: Side, rounds: int) -> None:
     draw = random.Random(1)
     for at_once, name in TPOTS.items():
@@ -263,9 +289,13 @@ def main() -> None:
                 measure_whole(run, decode, requests // 2, batch)
             up.close()
         of_answers = {*TPOTS.values(), *ANSWERS, ANSWERS_STEP}
-        if not options.only or not set(options.only.split(",")) <= of_answers:
-            targets = [server(record) for record in ("none", "prefill")]
-            measure(run, *map(Side, targets), requests, batch)
+        wanted = set(options.only.split(",")) - of_answers if options.only else {"all"}
+        if wanted:
+            recording = Side(server("prefill"))
+            if wanted & {"all", *TTFTS.values()}:
+                measure_ttft(run, recording, requests)
+            if wanted - {*TTFTS.values()}:
+                measure(run, Side(server("none")), recording, requests, batch)
     run.finish()
 
 
