@@ -62,15 +62,15 @@ def goes_by_blocks(a: Tensor, b: Tensor) -> bool:
         return False
     # To a power of two: tokens are as many as a batch happens to have.
     sizes = (min(a.shape[0], TRIAL_ROWS), *b.shape)
-    spread = (b.stride(0) < b.stride(1), b.dtype, torch.get_num_threads())
-    kind = (*(size.bit_length() for size in sizes), *spread)
+    bits = tuple(size.bit_length() for size in sizes)
+    kind = (bits, b.stride(0) < b.stride(1), b.dtype, torch.get_num_threads())
     if kind not in _by_blocks_is_faster:
         _by_blocks_is_faster[kind] = by_blocks_is_faster(a[:TRIAL_ROWS], b)
     return _by_blocks_is_faster[kind]
 
 
 _by_blocks_is_faster: dict[object, bool] = {}
-"""By kind of product, so that a process computes the same one in the same way, to the bit."""
+"""By kind of product and number of threads, so that a process computes the same one in the same way, to the bit."""
 
 
 def by_blocks_is_faster(a: Tensor, b: Tensor) -> bool:

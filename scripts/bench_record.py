@@ -204,6 +204,14 @@ def measure(run: Run, none: Side, recording: Side, requests: int, batch: int) ->
     }
 
 
+def beside_unrecorded(name: str, seconds: dict[bool, list[float]], bar: float) -> Row:
+    """The median of pairs' ratios; `seconds` by whether it was recorded."""
+    ratios = [ours / its for ours, its in zip(seconds[True], seconds[False], strict=True)]
+    row = Row(name, statistics.median(ratios), "x", quartiles(ratios), len(ratios))
+    row.against, row.less_is_better, row.bar = "the same, not recorded", True, bar
+    return row
+
+
 def measure_ttft(run: Run, side: Side, rounds: int) -> None:
     draw = random.Random(3)
     for length, name in TTFTS.items():
@@ -218,10 +226,7 @@ def measure_ttft(run: Run, side: Side, rounds: int) -> None:
                 if not (length - 2 <= recorded if record else recorded <= 2):
                     sys.exit(f"gate: {recorded} tokens recorded of a prompt of {length}")
                 seconds[record].append(took)
-        ratios = [ours / its for ours, its in zip(seconds[True], seconds[False], strict=True)]
-        row = Row(name, statistics.median(ratios), "x", quartiles(ratios), len(ratios))
-        row.against, row.less_is_better, row.bar = "the same, not recorded", True, TTFT_BAR
-        run.add(row)
+        run.add(beside_unrecorded(name, seconds, TTFT_BAR))
 
 
 def measure_answers(run: Run, side: Side, rounds: int) -> None:
@@ -241,10 +246,7 @@ def measure_answers(run: Run, side: Side, rounds: int) -> None:
                     sys.exit(f"gate: {recorded} new rows, {at_once} answers of {LONG} tokens")
                 seconds[record].append(took)
                 side.target.http.post("/flush_cache").raise_for_status()
-        ratios = [ours / its for ours, its in zip(seconds[True], seconds[False], strict=True)]
-        row = Row(name, statistics.median(ratios), "x", quartiles(ratios), len(ratios))
-        row.against, row.less_is_better, row.bar = "the same, not recorded", True, TPOT_BAR
-        run.add(row)
+        run.add(beside_unrecorded(name, seconds, TPOT_BAR))
 
 
 def measure_whole(run: Run, side: Side, requests: int, batch: int) -> None:

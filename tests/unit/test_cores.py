@@ -57,7 +57,7 @@ def test_decoding_leaves_cores_to_a_trainer_that_runs_and_may(
     assert threads() == (serving_cores(EVERY) if is_divided else EVERY)
 
 
-def test_they_are_all_back_when_the_step_is_over(threads, lease):
+def test_they_are_all_servings_while_the_trainer_sleeps(threads, lease):
     cores = Cores(lease)
     lease.set_share(0.3)
     lease.advance(TrainerEvent.STEP_BEGUN)
