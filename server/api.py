@@ -269,7 +269,7 @@ async def _read(model: type[T], request: Request, max_bytes: int) -> T:
     try:
         return model.model_validate_json(bytes(body))
     except ValidationError as error:
-        problems = error.errors(include_url=False, include_input=False)
+        problems = error.errors(include_url=False)
         if problems[0]["type"] == "json_invalid":
             raise InvalidRequest("the body is not valid JSON", None, "invalid_json") from None
         raise invalid_fields(problems) from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
@@ -11,6 +12,9 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from alchemist.protocol import messages
 from alchemist.server.errors import InvalidRequest
 from alchemist.server.records import Completion, Feedback, Version, Vote
+
+LONGEST_SHOWN = 64
+"""Characters of a refused value that its error repeats."""
 
 
 def _rating(value: object) -> object:
@@ -49,13 +53,25 @@ class FeedbackRequest(BaseModel):
 
 
 def invalid_fields(problems: Sequence[Any]) -> InvalidRequest:
-    """From pydantic's errors: every field in the message, the first in `param`. Never the values."""
+    """From pydantic's errors: every field in the message with its value, the first field in `param`."""
     named = [
-        (".".join(map(str, _place(p["loc"]))), p["msg"].removeprefix("Value error, "))
+        (
+            ".".join(map(str, _place(p["loc"]))),
+            p["msg"].removeprefix("Value error, ") + (_got(p["input"]) if p["loc"] else ""),
+        )
         for p in problems
     ]
     message = "; ".join(f"{field}: {text}" if field else text for field, text in named)
     return InvalidRequest(message, named[0][0] or None)
+
+
+def _got(value: object) -> str:
+    """Of a short plain value what it was; whoever sent more knows it, and a log need not."""
+    if value is None or isinstance(value, str | int | float):
+        # An integer of thousands of digits has no text in Python.
+        is_short = len(value) <= LONGEST_SHOWN if isinstance(value, str) else abs(value or 0) < 1e18
+        return f" (got {json.dumps(value)})" if is_short else ""
+    return ""
 
 
 def _place(loc: Sequence[Any]) -> Sequence[Any]:

@@ -168,6 +168,27 @@ async def test_malformed_fields_are_named(client, service, change, param) -> Non
     assert await service.ledger.count("pending") == 0
 
 
+@pytest.mark.parametrize(
+    ("rating", "got"),
+    [
+        ('"sideways"', '(got "sideways")'),
+        ("1.5", "(got 1.5)"),
+        ("null", "(got null)"),
+        ("[1]", None),
+        (f'"{"x" * 65}"', None),
+        ("9" * 1500, None),
+    ],
+)
+async def test_a_refused_value_is_repeated_if_it_is_short(client, rating, got) -> None:
+    body = f'{{"completion_id": "c0", "rating": {rating}}}'
+    headers = {"content-type": "application/json"}
+    response = await client.post("/v1/feedback", content=body, headers=headers)
+    assert response.status_code == 422
+    message = error_of(response)["message"]
+    allowed = 'rating: must be "up", "down", 1, -1, true or false'
+    assert message == (f"{allowed} {got}" if got else allowed)
+
+
 async def test_a_missing_field_is_named(client: httpx.AsyncClient) -> None:
     response = await client.post("/v1/feedback", json={"completion_id": "c0"})
     assert error_of(response)["param"] == "rating"
