@@ -25,6 +25,9 @@ from alchemist.kernels.replay_linear import LoraPart, gradients, replay_linear, 
 from alchemist.kernels.swiglu import gradient as swiglu_gradient
 from alchemist.kernels.swiglu import swiglu
 
+MOST_TOKENS = 768
+"""Tokens in a piece: each product packs its weight anew, and the more it leaves, the less of it is still in a cache."""
+
 Pause = Callable[[Tensor], Tensor]
 """Passes on what an operation has made; may block, also when its gradient has come."""
 
@@ -85,7 +88,7 @@ def num_pieces(num_tokens: int, device: torch.device, dtype: torch.dtype) -> int
     """In how many pieces, as even as can be, the tokens are taken."""
     if not dispatch.goes_in_pieces(device, dtype):
         return 1
-    return max(1, -(-num_tokens // dispatch.ROWS))
+    return max(1, -(-num_tokens // MOST_TOKENS))
 
 
 class _GatedMlp(torch.autograd.Function):

@@ -239,7 +239,7 @@ def mlp(adapted=("gate", "up", "down"), *, has_bias=True):
 @pytest.mark.parametrize("adapted", [(), ("gate",), ("down",), ("gate", "up", "down")])
 @pytest.mark.parametrize("needs_x", [True, False])
 def test_gated_mlp(num_tokens, adapted, needs_x, monkeypatch):
-    monkeypatch.setattr(dispatch, "ROWS", 4)
+    monkeypatch.setattr(gated_mlp, "MOST_TOKENS", 4)
     torch.manual_seed(0)
     x = leaf(num_tokens, 5).detach().requires_grad_(needs_x)
     gate_up, down, lora = mlp(adapted, has_bias=num_tokens != 5)
