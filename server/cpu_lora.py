@@ -8,6 +8,11 @@ products do it, for every stretch of tokens that have the same adapter; nearly a
 
 W is made once for each adapter that is loaded. Where tokens are many its zeros cost more than calls do, and each slice
 is added by itself.
+
+Of a small model even that is a large part of a prompt's work: at rank 16 and a width of 192 a seventh of the products.
+So as long as a whole batch has one adapter, its linears have weights of their own, base + s · B A, of which there is a
+copy for each adapter, as far as `MERGED_BYTES` go: then an adapter costs nothing. In float32 only: in 16 bits the
+sum would round most of the adapter away.
 """
 
 from __future__ import annotations
@@ -32,6 +37,8 @@ MANY_TOKENS = 256
 """From which one product with W takes longer than one for each slice; measured on the embedded model's q, k, v and
 gate, up at rank 16.
 """
+MERGED_BYTES = 256 << 20
+"""That merged weights may take, of all adapters together. The embedded model's are 7 MiB for each."""
 
 
 @dataclass(eq=False)
@@ -60,6 +67,11 @@ class Adapter:
             found = self.matrices[layer] = a[self.index, : w.shape[0]].T, w, ends
         return found
 
+    def merged(self, layer: Any) -> Tensor:
+        """The layer's weight [E, D] with the adapter in it."""
+        a, w, _ = self.of(layer)
+        return torch.addmm(layer.base_layer.weight, w.T, a.T, alpha=self.scaling)
+
     def add(self, layer: Any, y: Tensor, x: Tensor) -> None:
         """To `y` [T, E], the layer's output for `x` [T, D]."""
         a, w, ends = self.of(layer)
@@ -79,10 +91,14 @@ class CpuLora:
         self._by_index: dict[int, Adapter] = {}
         self._stretches: list[tuple[slice, Adapter]] | None = None
         """Of the batch that is being computed: its tokens that have an adapter. None: it goes SGLang's way."""
+        self._merged: dict[torch.nn.Module, Tensor] = {}
+        """Of the batch that is being computed: the weights of linears that have them merged."""
+        self._copies: dict[Adapter, dict[torch.nn.Module, Tensor]] = {}
+        """By adapter, the one used last at the end."""
 
     def prepare_batch(self, original: Any, manager: Any, forward_batch: Any) -> None:
         """AROUND `LoRAManager.prepare_lora_batch`, whose thirty small tensors nobody would read."""
-        self._stretches = None
+        self._stretches, self._merged = None, {}
         backend = manager.lora_backend
         lengths = _lengths(forward_batch)
         # What else SGLang may wrap reads what its backend prepares.
@@ -105,6 +121,20 @@ class CpuLora:
             if adapter is not None:
                 self._stretches.append((slice(start, end), adapter))
             start = end
+        if len(self._stretches) == 1 and self._stretches[0][0] == slice(0, start):
+            self._merged = self._merge(self._stretches[0][1], manager)
+            if self._merged:
+                manager.reset_lora_batch()
+
+    def linear(
+        self, original: Any, method: Any, layer: Any, x: Tensor, bias: Tensor | None = None
+    ) -> Tensor:
+        """AROUND `UnquantizedLinearMethod.apply`."""
+        weight = self._merged.get(layer)
+        if weight is None:
+            result: Tensor = original(method, layer, x, bias)
+            return result
+        return torch.nn.functional.linear(x, weight, bias)
 
     def apply(self, original: Any, layer: Any, base_output: Tensor, x: Tensor) -> Tensor:
         """AROUND `apply_lora` of a linear: adds the adapters to `base_output` [T, E], in place as SGLang does."""
@@ -115,6 +145,20 @@ class CpuLora:
             adapter.add(layer, base_output[tokens], x[tokens])
         return base_output
 
+    def _merge(self, adapter: Adapter, manager: Any) -> dict[torch.nn.Module, Tensor]:
+        """By linear of the base model, its weight with the adapter in it; empty: they are not to be merged."""
+        copy = self._copies.pop(adapter, None)
+        if copy is None:
+            layers = [layer for modules in manager.lora_modules for layer in modules.values()]
+            size = sum(layer.base_layer.weight.nbytes for layer in layers if _can_merge(layer))
+            if not layers or not all(map(_can_merge, layers)) or size > MERGED_BYTES:
+                return {}
+            while len(self._copies) >= max(1, MERGED_BYTES // size):
+                del self._copies[next(iter(self._copies))]
+            copy = {layer.base_layer: adapter.merged(layer) for layer in layers}
+        self._copies[adapter] = copy
+        return copy
+
     def _adapter(self, manager: Any, uid: str | None) -> Adapter | None:
         """As it lies in SGLang's buffers; None: none, its tokens are the base model's."""
         if uid is None:
@@ -124,8 +168,20 @@ class CpuLora:
         if known is None or known.uid != uid:
             lora = manager.loras[uid]
             known = Adapter(uid, index, int(lora.config.r), float(lora.scaling))
+            if index in self._by_index:
+                self._copies.pop(self._by_index[index], None)
             self._by_index[index] = known
         return known
+
+
+def _can_merge(layer: Any) -> bool:
+    base = layer.base_layer
+    return (
+        type(layer).__name__ in LINEARS
+        and type(base.quant_method).__name__ == "UnquantizedLinearMethod"
+        and not getattr(base, "use_intel_amx_backend", False)
+        and base.weight.dtype == torch.float32
+    )
 
 
 def _lengths(forward_batch: Any) -> Sequence[int] | None:
