@@ -37,8 +37,10 @@ MANY_TOKENS = 256
 """From which one product with W takes longer than one for each slice; measured on the embedded model's q, k, v and
 gate, up at rank 16.
 """
-MERGED_BYTES = 256 << 20
-"""That merged weights may take, of all adapters together. The embedded model's are 7 MiB for each."""
+MERGED_BYTES = 64 << 20
+"""That merged weights may take, of all adapters together; the embedded model's are 7 MiB each. Of a larger model an
+adapter is a small part of the work, and merging it, which is done while requests wait, takes long.
+"""
 
 
 @dataclass(eq=False)
