@@ -66,12 +66,14 @@ def invalid_fields(problems: Sequence[Any]) -> InvalidRequest:
 
 
 def _got(value: object) -> str:
-    """Of a short plain value what it was; whoever sent more knows it, and a log need not."""
-    if value is None or isinstance(value, str | int | float):
-        # An integer of thousands of digits has no text in Python.
-        is_short = len(value) <= LONGEST_SHOWN if isinstance(value, str) else abs(value or 0) < 1e18
-        return f" (got {json.dumps(value)})" if is_short else ""
-    return ""
+    """Of a short plain value what it was; whoever sent more knows it."""
+    is_short = value is None or isinstance(value, float)
+    if isinstance(value, int):
+        # One of thousands of digits has no text in Python.
+        is_short = abs(value) < 10**LONGEST_SHOWN
+    elif isinstance(value, str):
+        is_short = len(value) <= LONGEST_SHOWN
+    return f" (got {json.dumps(value)})" if is_short else ""
 
 
 def _place(loc: Sequence[Any]) -> Sequence[Any]:

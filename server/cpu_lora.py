@@ -152,10 +152,12 @@ class CpuLora:
         copy = self._copies.pop(adapter, None)
         if copy is None:
             layers = [layer for modules in manager.lora_modules for layer in modules.values()]
-            size = sum(layer.base_layer.weight.nbytes for layer in layers if _can_merge(layer))
-            if not layers or not all(map(_can_merge, layers)) or size > MERGED_BYTES:
+            if not all(map(_can_merge, layers)):
                 return {}
-            while len(self._copies) >= max(1, MERGED_BYTES // size):
+            size = sum(layer.base_layer.weight.nbytes for layer in layers)
+            if size > MERGED_BYTES:
+                return {}
+            while (len(self._copies) + 1) * size > MERGED_BYTES:
                 del self._copies[next(iter(self._copies))]
             copy = {layer.base_layer: adapter.merged(layer) for layer in layers}
         self._copies[adapter] = copy

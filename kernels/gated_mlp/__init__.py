@@ -26,7 +26,7 @@ from alchemist.kernels.swiglu import gradient as swiglu_gradient
 from alchemist.kernels.swiglu import swiglu
 
 MOST_TOKENS = 768
-"""Tokens in a piece: each product packs its weight anew, and the more it leaves, the less of it is still in a cache."""
+"""Tokens in a piece, at most. Shorter pieces pack both weights more often; longer ones leave more than caches hold."""
 
 Pause = Callable[[Tensor], Tensor]
 """Passes on what an operation has made; may block, also when its gradient has come."""

@@ -68,30 +68,26 @@ class Server:
             reset_lora_batch=backend.reset_batch_state,
         )
 
-    def outputs(self, lora_ids, lengths, name="qkv_proj"):
-        """Of a prefill: (the layer's output, what it should be)."""
+    def begin(self, lora_ids, lengths):
+        """A prefill of requests of these lengths."""
         mode = SimpleNamespace(
             is_decode=lambda: False, is_target_verify=lambda: False, is_extend=lambda: True
         )
         batch = SimpleNamespace(lora_ids=lora_ids, extend_seq_lens_cpu=lengths, forward_mode=mode)
         self.lora.prepare_batch(None, self.manager, batch)
+
+    def outputs(self, lora_ids, lengths, name="qkv_proj"):
+        """Of a prefill: (the layer's output, what it should be)."""
+        self.begin(lora_ids, lengths)
         layer = self.layers[name]
         base = layer.base_layer
         x = torch.randn(sum(lengths), base.weight.shape[1])
-        method = type(base.quant_method)
-
-        def apply(_, x, bias=None):
-            return self.lora.linear(method.apply, base.quant_method, base, x, bias)
-
-        found = apply(base, x, base.bias)
+        method = base.quant_method
+        found = self.lora.linear(type(method).apply, method, base, x, base.bias)
         if layer.lora_active:
             found = self.lora.apply(None, layer, found, x)
-        return found, torch.cat(
-            [
-                self._expected(layer, part, uid)
-                for part, uid in zip(x.split(lengths), lora_ids, strict=True)
-            ]
-        )
+        parts = zip(x.split(lengths), lora_ids, strict=True)
+        return found, torch.cat([self._expected(layer, part, uid) for part, uid in parts])
 
     def _expected(self, layer, x, uid):
         base = layer.base_layer
@@ -138,12 +134,12 @@ def test_every_request_has_its_own_adapter(server, name, budget, monkeypatch):
 
 
 def test_one_adapter_for_all_is_in_the_weights(server):
-    server.outputs(["one", "one"], [2, 3])
+    server.begin(["one", "one"], [2, 3])
     assert server.num_copies == 1
     assert not any(layer.lora_active for layer in server.layers.values())
-    server.outputs(["one", "two"], [2, 3])
+    server.begin(["one", "two"], [2, 3])
     assert all(layer.lora_active for layer in server.layers.values())
-    server.outputs([None], [2])
+    server.begin([None], [2])
     assert not any(layer.lora_active for layer in server.layers.values())
 
 
@@ -167,11 +163,13 @@ def test_copies_stay_within_their_budget(server, monkeypatch):
         assert server.num_copies == 1
     monkeypatch.setattr(cpu_lora, "MERGED_BYTES", size - 1)
     fresh = Server(server.layers)
-    fresh.outputs(["one"], [4])
+    fresh.begin(["one"], [4])
     assert fresh.num_copies == 0
 
 
 def test_sixteen_bits_are_not_merged(server):
     for layer in server.layers.values():
         layer.base_layer.weight.data = layer.base_layer.weight.data.bfloat16()
-    assert not any(cpu_lora._can_merge(layer) for layer in server.layers.values())
+    server.begin(["one"], [4])
+    assert server.num_copies == 0
+    assert all(layer.lora_active for layer in server.layers.values())
