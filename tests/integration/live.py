@@ -170,9 +170,15 @@ class Server:
         return self.http.get("/v1/training").json()
 
     def versions(self) -> list[dict[str, Any]]:
-        page = self.http.get("/v1/versions", params={"limit": 100, "order": "asc"}).json()
-        assert not page["has_more"]
-        return page["data"]
+        """All of them, the oldest first, page by page."""
+        found: list[dict[str, Any]] = []
+        params: dict[str, Any] = {"limit": 100, "order": "asc"}
+        while True:
+            page = self.http.get("/v1/versions", params=params).json()
+            found += page["data"]
+            if not page["has_more"]:
+                return found
+            params["after"] = found[-1]["id"]
 
     def receipt(self, completion_id: str) -> dict[str, Any]:
         response = self.http.get(
