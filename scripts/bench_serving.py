@@ -7,8 +7,10 @@ five: plain SGLang stays up, and the rest comes in two groups, each compared wit
 
     plain       SGLang with the same flags, nothing of ours and no LoRA
 
+    again       the same a second time: what two servers that do the same differ by
     off         Alchemist with --no-train --record none
     recording   Alchemist recording every prefill, its trainer idle
+    unrecorded  the same server, its requests not to be recorded: recording over unrecorded is what recording does
     decode      the same, recording answers, too
     idle        as recording, while training: a backlog of votes, lease policy idle
     paused      the same server, its trainer paused: what a trained version costs; idle over paused: what training does
@@ -19,7 +21,7 @@ five: plain SGLang stays up, and the rest comes in two groups, each compared wit
     none        training without a lease: how bad it is otherwise
 
 The first group is started --starts times, plain SGLang too: two servers that do the same differ by some percent for as
-long as they live, by where their memory happens to lie.
+long as they live, by where their memory happens to lie. Of the group `again` is only started if --only names it.
 
 The load is SGLang's own benchmark client, at --rate, and (rows that end in _at25 … _at90) at parts of the rate at which
 plain SGLang is saturated, measured first. Turns are short and many: a shared machine drifts by more within minutes than
@@ -52,8 +54,11 @@ from serving_servers import ALCHEMIST, PLAIN, ROOT, Backlog, Target
 
 from alchemist.server.main import TINY_MODEL
 
-GROUPS = (("off", "recording", "decode", "idle", "paused"), ("share", "slo", "none"))
+GROUPS = (("off", "recording", "unrecorded", "decode", "idle", "paused"), ("share", "slo", "none"))
+AGAIN = "again"
 TRAINING = ("idle", "share", "slo", "none")
+TWINS = {"unrecorded": "recording", "paused": "idle"}
+"""Measured at another one's server."""
 LEVELS = (25, 50, 75, 90)
 """Load in percent of the rate at which plain SGLang is saturated."""
 WARM_UP = 4
@@ -119,9 +124,12 @@ def wanted(options: argparse.Namespace) -> tuple[list[list[str]], list[int], boo
     rows = options.only.split(",")
     # Of every trainer there is a train_share; share is a server, too.
     words = {word for row in rows for word in row.replace("train_share", "").split("_")}
-    if words & {"revoke", "revocations", "longest", "dedicated", "paused"}:
+    if words & {"revoke", "revocations", "longest", "dedicated"}:
         words.add("idle")
+    words |= {its for twin, its in TWINS.items() if twin in words}
     groups = [[name for name in group if name in words] for group in GROUPS]
+    if AGAIN in words:
+        groups[0].insert(0, AGAIN)
     at_half = {"slo_met", "slo_train_share"}
     levels = [at for at in LEVELS if f"at{at}" in words or (at == 50 and at_half & set(rows))]
     alone = {*at_half, "saturation_rate", "slo_ttft_target_ms", "slo_tpot_target_ms"}
@@ -161,10 +169,10 @@ class Bench:
     def _measure_starts(self, up: list[Target], group: list[str]) -> None:
         """Plain SGLang and a group, started together several times; the last of them stay `up`."""
         found = Measured(["plain", *group], is_first=True, starts=self._starts)
-        for _ in range(self._starts):
+        for start in range(self._starts):
             Target.end(up)
-            self._begin(up, group)
-            self._measure_group(up, found)
+            self._begin(up, group, start)
+            self._measure_group(up, found, start)
         report_group(self._run, found, self._slo, burst=BURST)
 
     def _measure_beside(self, up: list[Target], group: list[str]) -> None:
@@ -179,10 +187,14 @@ class Bench:
         self._measure_group(up, found)
         report_group(self._run, found, self._slo, burst=BURST)
 
-    def _begin(self, up: list[Target], group: list[str]) -> None:
+    def _begin(self, up: list[Target], group: list[str], start: int = 0) -> None:
         """Start plain SGLang and a group; of the first plain, what all others are measured by."""
         is_first = not up
-        up[:] = [self._start(name) for name in ("plain", *group) if name != "paused"]
+        names = [name for name in ("plain", *group) if name not in TWINS]
+        # None of them is always the first to take its memory.
+        first = start % len(names)
+        up[:] = [self._start(name) for name in (*names[first:], *names[:first])]
+        up.sort(key=lambda target: names.index(target.name))
         load = self._load
         self._wait(up)
         load.run(up[0].url, WARM_UP, math.inf, seed=-1 % 2**32)
@@ -240,7 +252,7 @@ class Bench:
         tpot = quantile([[timing.tpot for timing in turn] for turn in turns], 0.99)
         return Slo(SLO_ROOM * ttft, SLO_ROOM * tpot)
 
-    def _measure_group(self, targets: list[Target], found: Measured) -> None:
+    def _measure_group(self, targets: list[Target], found: Measured, start: int = 0) -> None:
         for target in targets[1:]:
             if target.greedy() != self._expected:
                 sys.exit(
@@ -256,23 +268,29 @@ class Bench:
                 target.backlog.start()
                 self._load.run(target.url, SETTLING, self._rate / 2, next(self._seeds))
                 target.backlog.stop()
+        by_name = {target.name: target for target in targets}
+        if "unrecorded" in found.names:
+            by_name["unrecorded"] = by_name["recording"].twin(
+                "unrecorded", alchemist={"record": False}
+            )
         if "paused" in found.names:
-            idle = next(target for target in targets if target.name == "idle")
-            targets = [*targets, idle.paused()]
+            by_name["paused"] = by_name["idle"].twin("paused")
+        targets = list(by_name.values())
         options = self._options
         # The same prompts for all servers, and never again: plain SGLang, which stays up, would have them in its cache.
         seeds = defaultdict[tuple[int | None, int], int](lambda: next(self._seeds))
         if self._has_base:
-            plan = _rotated(targets, self._rounds)
+            plan = _rotated(targets, self._rounds, first=start * self._rounds)
             for r, target in progress(plan, "measuring"):
                 self._turn(found, target, None, options.requests, options.rate, seeds[None, r])
             bursts = plan[: max(len(targets), len(plan) // 6)]
             for r, target in progress(bursts, "measuring all at once"):
                 seconds = self._turn(found, target, -1, BURST, math.inf, seeds[-1, r])
                 found.throughput[target.name].append(BURST * options.output_len / seconds)
+        rounds = -(-self._level_rounds // found.starts)
         levels = [
             (r, at, target)
-            for r in range(-(-self._level_rounds // found.starts))
+            for r in range(start * rounds, (start + 1) * rounds)
             for at in self._levels
             for _, target in _rotated(targets, 1, first=r)
         ]
@@ -301,7 +319,9 @@ class Bench:
         if backlog is not None:
             backlog.start()
         gates, started = backlog.gates if backlog else 0, time.monotonic()
-        timings = self._load.run(target.url, requests, rate, seed)
+        timings = self._load.run(
+            target.url, requests, rate, seed, prompts=target.prompts, body=target.body
+        )
         seconds = time.monotonic() - started
         if backlog is not None:
             speed = (backlog.gates - gates) / seconds

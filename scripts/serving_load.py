@@ -15,6 +15,7 @@ import importlib.machinery
 import importlib.util
 import sys
 import types
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,25 +59,43 @@ class Load:
             )
         )
 
-    def run(self, url: str, requests: int, rate: float, seed: int) -> list[Timing]:
-        """Send `requests` to the server at `url`, `rate` a second, Poisson, and wait for all; the same seed gives the
-        same prompts and arrivals.
+    def run(
+        self,
+        url: str,
+        requests: int,
+        rate: float,
+        seed: int,
+        *,
+        prompts: int = 0,
+        body: Mapping[str, Any] | None = None,
+    ) -> list[Timing]:
+        """Send `requests` to the server at `url`, `rate` a second, Poisson, and wait for all.
+
+        Args:
+            seed: the same one gives the same prompts and arrivals.
+            prompts: another number gives other prompts that arrive at the same moments.
+            body: more fields of every request.
 
         Raises:
             RuntimeError: a request failed.
         """
-        return asyncio.run(self._run(url, requests, rate, seed))
-
-    async def _run(self, url: str, requests: int, rate: float, seed: int) -> list[Timing]:
+        draw = np.random.default_rng((seed, prompts))
+        size = (requests, self._input_len)
+        each = draw.integers(10, len(self._tokenizer), size).tolist()
+        # By it the arrivals are drawn.
         np.random.seed(seed)
-        prompts = np.random.randint(10, len(self._tokenizer), (requests, self._input_len)).tolist()
+        return asyncio.run(self._run(url, each, rate, dict(body or {})))
+
+    async def _run(
+        self, url: str, prompts: list[list[int]], rate: float, body: dict[str, Any]
+    ) -> list[Timing]:
         tasks = [
-            asyncio.create_task(self._request(url, prompt))
+            asyncio.create_task(self._request(url, prompt, body))
             async for prompt in self._serving.get_request(prompts, rate)
         ]
         return list(await asyncio.gather(*tasks))
 
-    async def _request(self, url: str, prompt: list[int]) -> Timing:
+    async def _request(self, url: str, prompt: list[int], body: dict[str, Any]) -> Timing:
         done = await self._serving.async_request_sglang_generate(
             self._serving.RequestFuncInput(
                 prompt=prompt,
@@ -86,7 +105,7 @@ class Load:
                 model="",
                 lora_name=None,
                 image_data=None,
-                extra_request_body={},
+                extra_request_body=body,
             )
         )
         if not done.success:

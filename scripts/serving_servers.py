@@ -31,6 +31,10 @@ class Target:
         self.name = name
         self.backlog: Backlog | None = None
         """Of a server that trains while it is measured."""
+        self.prompts = 0
+        """Which of a turn's prompts it gets: see `Load.run`."""
+        self.body: dict[str, Any] = {}
+        """What its requests have besides."""
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
@@ -67,10 +71,16 @@ class Target:
     def __exit__(self, *exc: object) -> None:
         self.end([self])
 
-    def paused(self) -> Target:
-        """The same server, measured while its trainer is paused."""
+    def twin(self, name: str, **body: Any) -> Target:
+        """The same server, measured by other requests and while its trainer is paused.
+
+        Args:
+            body: what they have besides.
+        """
         twin = copy.copy(self)
-        twin.name, twin.backlog = "paused", None
+        twin.name, twin.backlog, twin.body = name, None, body
+        # The first one's prompts may be in the server's cache.
+        twin.prompts = self.prompts + 1
         return twin
 
     def wait_ended(self) -> None:

@@ -4,13 +4,16 @@ import argparse
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+
+from alchemist.server.main import TINY_MODEL
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
 
 from bench_common import Run
 from bench_serving import GROUPS, LEVELS, wanted
-from serving_load import Timing
+from serving_load import Load, Timing
 from serving_report import Measured, Slo, report_group
 
 FIRST, SECOND = (list(group) for group in GROUPS)
@@ -22,6 +25,8 @@ FIRST, SECOND = (list(group) for group in GROUPS)
         (False, None, [FIRST, SECOND], list(LEVELS), True),
         (True, None, [FIRST], [], True),
         (False, "ttft_p50_recording", [["recording"]], [], True),
+        (False, "ttft_p50_unrecorded_at25", [["recording", "unrecorded"]], [25], False),
+        (False, "ttft_p50_again,tpot_p50_paused", [["again", "idle", "paused"]], [], True),
         (False, "revoke_p99_ms,longest_stretch_ms", [["idle"]], [], True),
         (False, "slo_met,slo_train_share", [["slo"]], [50], False),
         (False, "slo_met_at90", [["slo"]], [90], False),
@@ -34,6 +39,27 @@ FIRST, SECOND = (list(group) for group in GROUPS)
 def test_only_what_its_rows_need_is_started(quick, only, groups, levels, has_base):
     options = argparse.Namespace(quick=quick, only=only)
     assert wanted(options) == (groups, levels, has_base)
+
+
+def test_twins_get_other_prompts_at_the_same_moments(monkeypatch):
+    """What is in the server's radix cache by the one would answer the other."""
+    load = Load(str(TINY_MODEL), input_len=8, output_len=1)
+    sent = []
+
+    async def request(url, prompt, body):
+        sent.append((prompt, np.random.get_state()[1:3], body))
+        return Timing(1.0, 1.0)
+
+    monkeypatch.setattr(load, "_request", request)
+    for prompts in (0, 0, 1):
+        load.run("http://server", 3, 1e6, seed=4, prompts=prompts, body={"a": prompts})
+    first, same, other = sent[:3], sent[3:6], sent[6:]
+    assert [prompt for prompt, _, _ in first] == [prompt for prompt, _, _ in same]
+    assert not {tuple(p) for p, _, _ in first} & {tuple(p) for p, _, _ in other}
+    assert [(key[0], at) for _, (key, at), _ in first] == [
+        (key[0], at) for _, (key, at), _ in other
+    ]
+    assert [body for _, _, body in other] == [{"a": 1}] * 3
 
 
 def test_targets_become_flags_and_judge_requests():
