@@ -219,7 +219,7 @@ class Bench:
     def _start(self, name: str) -> Target:
         options = self._options
         model = ["--model-path", options.model]
-        if name == "plain":
+        if name in ("plain", AGAIN):
             return Target(name, PLAIN, model, self._folder)
         flags = {
             "off": ["--no-train", "--record", "none"],

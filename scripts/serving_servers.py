@@ -29,6 +29,7 @@ class Target:
 
     def __init__(self, name: str, module: list[str], args: list[str], folder: Path) -> None:
         self.name = name
+        self._has_versions = module == ALCHEMIST
         self.backlog: Backlog | None = None
         """Of a server that trains while it is measured."""
         self.prompts = 0
@@ -107,7 +108,7 @@ class Target:
                 "sampling_params": {"max_new_tokens": 16, "temperature": 0, "ignore_eos": True},
                 "return_logprob": True,
             }
-            if self.name != "plain":
+            if self._has_versions:
                 body["lora_path"] = "base"
             answer = self.http.post("/generate", json=body).json()
             out.append(
