@@ -14,14 +14,18 @@ TIMEOUT_S = 60.0
 
 
 def budget_flags(host_gb: float, device_fraction: float = 1.0) -> list[str]:
-    """Args:
-    host_gb: GiB of the host tier; 0: none.
-    device_fraction: share of the KV pool's slots that may be borrowed.
+    """And everything is recorded, whoever waits: these benchmarks are about its memory.
+
+    Args:
+        host_gb: GiB of the host tier; 0: none.
+        device_fraction: share of the KV pool's slots that may be borrowed.
     """
-    flags = {"host-gb": host_gb, "device-fraction": device_fraction}
-    return [
-        word for name, value in flags.items() for word in (f"--activation-{name}", f"{value:g}")
-    ]
+    flags = {
+        "--activation-host-gb": host_gb,
+        "--activation-device-fraction": device_fraction,
+        "--record-busy-share": 1,
+    }
+    return [word for name, value in flags.items() for word in (name, f"{value:g}")]
 
 
 def full_status(http: httpx.Client) -> dict[str, Any]:

@@ -107,6 +107,11 @@ class Config:
     """Share of requests that are recorded, 0 to 1; a request that says
     "alchemist": {"record": false}, or has the header X-Alchemist-Record: false, never is (default: 1)."""
 
+    record_busy_share: float = 0.02
+    """On a CPU, the part of the time in which requests run that copying what was recorded may take, 0 to 1. Prompts
+    that find no room until then are not recorded, and computed again if they are voted on. 1: all are recorded,
+    whoever waits (default: 0.02)."""
+
     record_min_tokens: int = 1
     """Prompts shorter than this many tokens are not recorded: computing them again costs less. From which
     length on recording pays, scripts/bench_record.py finds (default: 1)."""
@@ -215,6 +220,7 @@ class Config:
         )
         _require(self, "data_dir", bool(self.data_dir), "a path")
         _require(self, "record_fraction", 0 <= self.record_fraction <= 1, "0 to 1")
+        _require(self, "record_busy_share", 0 <= self.record_busy_share <= 1, "0 to 1")
         fraction = self.activation_device_fraction
         _require(self, "activation_device_fraction", 0 < fraction <= 1, "above 0, up to 1")
         physical = physical_memory_bytes()

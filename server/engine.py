@@ -204,7 +204,7 @@ class Engine:
         self, runner: Any, layout: RowLayout, pool: ActivationPool
     ) -> Recorder | GpuRecorder:
         if not pool.arrivals.is_deferred:
-            return Recorder(runner.model, layout, pool)
+            return Recorder(runner.model, layout, pool, busy_share=self.config.record_busy_share)
         # Not before: a machine without a GPU need not have Triton.
         from alchemist.server.gpu_recorder import GpuRecorder
 

@@ -3,8 +3,9 @@
 Per decoder layer five tensors pass by that the backward pass needs (see `protocol.layout`). Where SGLang's fused
 kernels write into their inputs each is copied at once. Its native operations never do: there the tensors are kept, and
 copied a layer at a time when nobody waits (`flush_some`), so that no token waits for it; or when there are too many
-(`relieve`), or somebody asks for rows (`flush`). Those of decode steps are copied together, and their rows are begun
-together, too.
+(`relieve`), or somebody asks for rows (`flush`). While requests run copying has a share of the time and no more: what
+finds no room until then is not recorded. Those of decode steps are copied together, and their rows are begun together,
+too.
 Modules are as they were in a batch that is not recorded.
 A token that cannot be recorded is simply computed again by the trainer. What goes wrong here is raised by `begin`,
 `end` and the three that copy, never in the middle of a forward pass.
@@ -13,6 +14,7 @@ A token that cannot be recorded is simply computed again by the trainer. What go
 from __future__ import annotations
 
 import itertools
+import time
 from collections import deque
 from collections.abc import Callable
 from functools import partial
@@ -33,6 +35,8 @@ KEEP_BYTES = 256 << 20
 """Most that tensors kept for later may take; a batch beyond it is copied at once. `relieve` halves it, so that there is
 room for the next prefill: by the embedded model's 40 kB a token those are 3000 tokens that came without a pause.
 """
+SAVED_S = 0.02
+"""Most of the share's time that is saved for later: a few layers' worth."""
 DECODE_BYTES = 4 << 20
 """Of decode steps copied together, about: what takes a millisecond."""
 
@@ -40,10 +44,20 @@ DECODE_BYTES = 4 << 20
 class Recorder:
     """Fills `pool` during the forward passes of one model runner."""
 
-    def __init__(self, model: torch.nn.Module, layout: RowLayout, pool: ActivationPool) -> None:
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        layout: RowLayout,
+        pool: ActivationPool,
+        *,
+        busy_share: float = 1.0,
+    ) -> None:
         """Args:
         model: SGLang's causal LM; LoRA wrappers, if any, already in place.
+        busy_share: of the time in which requests run, what copying may take; 1: what it needs.
         """
+        self._busy_share = busy_share
+        self._allowed_s, self._relieved = 0.0, time.monotonic()
         self._pool = pool
         self._taps = taps_of(model, layout, lambda layer: partial(self._write, layer))
         self._batch = _Batch(Begun(), slice(0))
@@ -67,15 +81,18 @@ class Recorder:
         """A forward starts; its token i is at `positions[i]` and writes K/V slot `slots[i]`. Whether any is recorded.
 
         Args:
-            which: int64, ascending: the tokens to be recorded; None: all.
+            which: int64, ascending: the tokens to be recorded; None: all. Of a pass for which there is no room now none
+                are.
             is_decode: there are few tokens, and more will come.
         """
         size = self._token_bytes * slots.numel()
         if which is not None:
             slots, positions = slots[which], positions[which]
-        if self._num_kept_bytes + size > KEEP_BYTES:
-            self.flush()
         defer = self._may_defer and size <= KEEP_BYTES
+        if self._num_kept_bytes + size > KEEP_BYTES:
+            if defer and self._busy_share < 1:
+                return False
+            self.flush()
         if defer and is_decode:
             begun = self._pool.record_later(slots, positions)
         else:
@@ -118,9 +135,18 @@ class Recorder:
                 self._error = error
 
     def relieve(self) -> None:
-        """Copy what is too much to be kept until nobody waits. To be called when a batch's tokens have been sent."""
-        while self._num_kept_bytes > KEEP_BYTES // 2:
+        """Copy what is too much to be kept until nobody waits, as far as there is time for it. To be called when a
+        batch's tokens have been sent.
+        """
+        last, self._relieved = self._relieved, time.monotonic()
+        earned = self._busy_share * (self._relieved - last)
+        self._allowed_s = min(SAVED_S, self._allowed_s + earned)
+        while self._num_kept_bytes > KEEP_BYTES // 2 and (
+            self._busy_share >= 1 or self._allowed_s > 0
+        ):
+            started = time.monotonic()
             self.flush_some()
+            self._allowed_s -= time.monotonic() - started
 
     def flush(self) -> None:
         """Copy all that was kept. To be called before rows are read or copied to the host."""

@@ -1,5 +1,7 @@
 """What a forward pass leaves is copied later: into the rows that still are what they were, and nowhere else."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -9,8 +11,8 @@ from alchemist.server.appraisal import Text
 from alchemist.server.recorder import Recorder
 
 
-def recorder_of(world):
-    return Recorder(bare_model(), world.layout, world.pool)
+def recorder_of(world, **options):
+    return Recorder(bare_model(), world.layout, world.pool, **options)
 
 
 def forward(recorder, world, slots, which=None, *, is_decode=False, first=1.0):
@@ -47,6 +49,59 @@ def test_rows_are_there_after_a_flush(host_rows):
     assert [value for value, _ in seen] == list(range(1, len(seen) + 1))
     assert [key for _, key in seen] == slots[: len(seen)].tolist()
     assert len(seen) == 14 if host_rows else 0 < len(seen) < 14
+
+
+@pytest.mark.parametrize(("busy_share", "is_recorded"), [(0.5, False), (1.0, True)])
+def test_what_finds_no_room_while_requests_run_is_not_recorded(
+    monkeypatch, busy_share, is_recorded
+):
+    """Nobody waits for a copy, unless all is to be recorded."""
+    world = World(host_rows=0)
+    recorder, slots = recorder_of(world, busy_share=busy_share), world.serve(7)
+    token_bytes = world.layout.row_bytes
+    monkeypatch.setattr("alchemist.server.recorder.KEEP_BYTES", 6 * token_bytes)
+    forward(recorder, world, slots[:5])
+    positions = torch.arange(2)
+    assert recorder.begin(slots[5:], positions) == is_recorded
+    recorder.release()
+    if not is_recorded:
+        recorder.flush()
+        assert [value for value, _ in world.read(found(world, slots))] == [1, 2, 3, 4, 5]
+        forward(recorder, world, slots[5:])
+
+
+def test_copying_while_requests_run_keeps_to_its_share(monkeypatch):
+    """Half of the time is for copies; each of the two layers' takes 0.6 s, which is owed afterwards."""
+    clock = [0.0]
+    module = "alchemist.server.recorder"
+    monkeypatch.setattr(f"{module}.time", SimpleNamespace(monotonic=lambda: clock[0]))
+    monkeypatch.setattr(f"{module}.SAVED_S", 10.0)
+    world = World(host_rows=0)
+    recorder, slots = recorder_of(world, busy_share=0.5), world.serve(4)
+    forward(recorder, world, slots)
+    monkeypatch.setattr(f"{module}.KEEP_BYTES", world.layout.row_bytes)
+    copied = []
+    write = world.pool.write
+
+    def slowly(layer, field, *args):
+        if layer not in copied:
+            copied.append(layer)
+            clock[0] += 0.6
+        write(layer, field, *args)
+
+    monkeypatch.setattr(world.pool, "write", slowly)
+    recorder.relieve()
+    assert copied == []
+    clock[0] = 0.1
+    recorder.relieve()
+    assert copied == [0], "one that there was time for, and no more"
+    clock[0] += 0.4
+    recorder.relieve()
+    assert copied == [0], "what was overdrawn is not paid back"
+    clock[0] += 0.5
+    recorder.relieve()
+    assert copied == [0, 1]
+    assert [value for value, _ in world.read(found(world, slots))] == [1, 2, 3, 4]
 
 
 def test_only_the_wanted_tokens_are_recorded():
