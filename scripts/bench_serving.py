@@ -171,6 +171,7 @@ class Bench:
         found = Measured(["plain", *group], is_first=True, starts=self._starts)
         for start in range(self._starts):
             Target.end(up)
+            up.clear()
             self._begin(up, group, start)
             self._measure_group(up, found, start)
         report_group(self._run, found, self._slo, burst=BURST)
@@ -180,7 +181,8 @@ class Bench:
         Target.end(up[1:])
         if "slo" in group and self._slo.is_open:
             self._slo = self._targets(up[0])
-        up[1:] = [self._start(name) for name in group]
+        del up[1:]
+        self._start_all(up, group)
         self._wait(up)
         is_first = group is self._groups[0]
         found = Measured([target.name for target in up], is_first=is_first, starts=1)
@@ -189,11 +191,11 @@ class Bench:
 
     def _begin(self, up: list[Target], group: list[str], start: int = 0) -> None:
         """Start plain SGLang and a group; of the first plain, what all others are measured by."""
-        is_first = not up
+        is_first = start == 0
         names = [name for name in ("plain", *group) if name not in TWINS]
         # None of them is always the first to take its memory.
         first = start % len(names)
-        up[:] = [self._start(name) for name in (*names[first:], *names[:first])]
+        self._start_all(up, [*names[first:], *names[:first]])
         up.sort(key=lambda target: names.index(target.name))
         load = self._load
         self._wait(up)
@@ -215,6 +217,11 @@ class Bench:
     def _wait(targets: list[Target]) -> None:
         for target in progress(targets, "starting servers"):
             target.wait_ready()
+
+    def _start_all(self, up: list[Target], names: Sequence[str]) -> None:
+        """One by one into `up`: what has been started ends with the run, also where the next one fails."""
+        for name in names:
+            up.append(self._start(name))
 
     def _start(self, name: str) -> Target:
         options = self._options
