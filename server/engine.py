@@ -436,8 +436,10 @@ class Engine:
             self._unrecorded.update(one.rid for one in every if self._is_excluded(one))
             for one in every:
                 self._ended.pop(getattr(one, "rid", None), None)
+        else:
+            # Not before a prefill: somebody waits for their first token.
+            self._relieve()
         self.unloads.go_on(scheduler)
-        self._relieve()
         if self._scheduler is None:
             self._open_desk(scheduler)
         self._settle()

@@ -37,6 +37,7 @@ _POOL = {
     "hedged": "Rows copied to the host",
     "hedge_bytes_per_s": "Bytes a second while copies were made",
     "lost": "Tokens that were to be recorded and found no room",
+    "skipped": "Tokens that were not recorded because copying them would have taken serving's time",
     "dropped": "Rows that ended before they had a copy, because serving wanted their slots",
     "tokens_voted": "Prompt tokens of answers that were voted on",
     "tokens_voted_held": "Of these, tokens that still had a row when the vote came",

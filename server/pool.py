@@ -186,6 +186,8 @@ class ActivationPool:
         self._tick = 0
         self.num_lost = 0
         """Tokens that were to be recorded and found no room."""
+        self.num_skipped = 0
+        """Tokens that were not to be recorded because copying them would have taken serving's time."""
         self.num_dropped = 0
         """Rows that ended without a copy because their slots were wanted."""
         self.num_hedged = 0
@@ -305,7 +307,7 @@ class ActivationPool:
         return self._record(slots, positions, is_graph)
 
     def record_later(self, slots: torch.Tensor, positions: torch.Tensor) -> Begun:
-        """As `record`, when the tables are next looked at, or by `begin_waiting`: tokens of many decode steps together.
+        """As `record`, when the tables are next looked at, or by `begin_waiting`: tokens of many passes together.
         Not where values of the device are deferred.
         """
         assert not self.arrivals.is_deferred
@@ -807,6 +809,7 @@ class ActivationPool:
             "hedged": self.num_hedged,
             "hedge_bytes_per_s": self._copied_bytes / self._copy_s if self._copy_s else None,
             "lost": self.num_lost,
+            "skipped": self.num_skipped,
             "dropped": self.num_dropped,
             "stopped": self.stopped,
             "completions": len(self.answers),

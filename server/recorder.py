@@ -4,8 +4,8 @@ Per decoder layer five tensors pass by that the backward pass needs (see `protoc
 kernels write into their inputs each is copied at once. Its native operations never do: there the tensors are kept, and
 copied a layer at a time when nobody waits (`flush_some`), so that no token waits for it; or when there are too many
 (`relieve`), or somebody asks for rows (`flush`). While requests run copying has a share of the time and no more: what
-finds no room until then is not recorded. Those of decode steps are copied together, and their rows are begun together,
-too.
+finds no room until then is not recorded. Rows, too, are begun later, and those of decode steps together; they are also
+copied together.
 Modules are as they were in a batch that is not recorded.
 A token that cannot be recorded is simply computed again by the trainer. What goes wrong here is raised by `begin`,
 `end` and the three that copy, never in the middle of a forward pass.
@@ -91,9 +91,11 @@ class Recorder:
         defer = self._may_defer and size <= KEEP_BYTES
         if self._num_kept_bytes + size > KEEP_BYTES:
             if defer and self._busy_share < 1:
+                self._pool.num_skipped += slots.numel()
                 return False
             self.flush()
-        if defer and is_decode:
+        if defer:
+            # Beginning rows takes a millisecond of NumPy calls, which need not be somebody's first token's.
             begun = self._pool.record_later(slots, positions)
         else:
             rows = self._pool.record(slots, positions)

@@ -60,16 +60,20 @@ class PoolMachine(RuleBasedStateMachine):
             self.owned.append(slots)
             self.content.update(self.world.record(slots))
 
-    @rule(times=st.integers(1, 8), is_recorded=st.booleans(), goes_on=st.booleans())
-    def decode(self, times, is_recorded, goes_on):
-        """Tokens whose rows are begun together in the end, if they are recorded; the loop goes on between them, or does
-        not.
+    @rule(
+        sizes=st.lists(st.sampled_from([1, 1, 1, 4, 9]), min_size=1, max_size=8),
+        is_recorded=st.booleans(),
+        goes_on=st.booleans(),
+    )
+    def record_later(self, sizes, is_recorded, goes_on):
+        """Passes whose tokens' rows are begun together in the end, if they are recorded; the loop goes on between them,
+        or does not.
         """
         self.pool.settle()
         self.pool.prepare()
         steps = []
-        for _ in range(times):
-            slots = self.world.serve(1)
+        for size in sizes:
+            slots = self.world.serve(size)
             if slots is None:
                 break
             self.owned.append(slots)
@@ -82,6 +86,19 @@ class PoolMachine(RuleBasedStateMachine):
         for slots, begun in steps:
             assert self.pool.still(begun.rows, begun.gens).all()
             self.content.update(self.world.fill(begun.rows, slots))
+
+    @rule(size=st.integers(1, 9), goes_on=st.booleans())
+    def end_before_rows_begin(self, size, goes_on):
+        """As of a request that is aborted, or whose prefix another one has put into the tree meanwhile."""
+        slots = None if self.pool.arrivals.is_deferred else self.world.serve(size)
+        if slots is None:
+            return
+        begun = self.pool.record_later(slots, torch.arange(size))
+        if goes_on:
+            self.pool.prepare()
+        self.allocator.free(slots)
+        self.pool.begin_waiting()
+        assert not self.pool.still(begun.rows, begun.gens).any()
 
     @rule(data=st.data())
     def finish(self, data):
