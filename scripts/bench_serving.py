@@ -57,6 +57,7 @@ from alchemist.server.main import TINY_MODEL
 GROUPS = (("off", "recording", "unrecorded", "decode", "idle", "paused"), ("share", "slo", "none"))
 AGAIN = "again"
 TRAINING = ("idle", "share", "slo", "none")
+RECORDING = ("recording", "decode", *TRAINING)
 TWINS = {"unrecorded": "recording", "paused": "idle"}
 """Measured at another one's server."""
 LEVELS = (25, 50, 75, 90)
@@ -325,6 +326,8 @@ class Bench:
         backlog = target.backlog
         if backlog is not None:
             backlog.start()
+        records = target.name in RECORDING and at != -1
+        skipped = target.num_skipped() if records else 0
         gates, started = backlog.gates if backlog else 0, time.monotonic()
         timings = self._load.run(
             target.url, requests, rate, seed, prompts=target.prompts, body=target.body
@@ -334,6 +337,9 @@ class Bench:
             speed = (backlog.gates - gates) / seconds
             found.add_share(target.name, at, speed / backlog.gates_per_s)
             backlog.stop()
+        if records:
+            part = (target.num_skipped() - skipped) / (requests * self._options.input_len)
+            found.add_recorded(target.name, at, 1 - part)
         found.add(target.name, at, timings)
         return seconds
 

@@ -56,6 +56,7 @@ class Measured:
             lambda: {name: [] for name in names}
         )
         self.shares: dict[int | None, dict[str, list[float]]] = defaultdict(dict)
+        self.recorded: dict[int | None, dict[str, list[float]]] = defaultdict(dict)
         self.throughput: dict[str, list[float]] = {name: [] for name in names}
         self.trained: dict[str, Backlog] = {}
 
@@ -64,6 +65,10 @@ class Measured:
 
     def add_share(self, name: str, at: int | None, share: float) -> None:
         self.shares[at].setdefault(name, []).append(share)
+
+    def add_recorded(self, name: str, at: int | None, part: float) -> None:
+        """The part of a turn's prompt tokens that was recorded."""
+        self.recorded[at].setdefault(name, []).append(part)
 
     @property
     def levels(self) -> list[int | None]:
@@ -101,6 +106,7 @@ def report_group(run: Run, found: Measured, slo: Slo, burst: int) -> None:
         suffix = "" if at is None else f"_at{at}"
         _latencies(run, found, at, suffix)
         _shares(run, found, at, suffix)
+        _recorded(run, found, at, suffix)
         if "slo" in found.names and at is not None:
             _met(run, found, at, slo)
     _throughput(run, found, burst)
@@ -154,6 +160,12 @@ def _shares(run: Run, found: Measured, at: int | None, suffix: str) -> None:
             half = Row("slo_train_share", value, "x", row.spread, row.n, row.against)
             half.bar = SLO_TRAIN_SHARE
             run.add(half)
+
+
+def _recorded(run: Run, found: Measured, at: int | None, suffix: str) -> None:
+    for name, parts in found.recorded[at].items():
+        value, spread = statistics.fmean(parts), quartiles(parts)
+        run.add(Row(f"recorded_{name}{suffix}", value, "x", spread, len(parts), "prompt tokens"))
 
 
 def _met(run: Run, found: Measured, at: int, slo: Slo) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+from activation_options import full_status
 
 ROOT = Path(__file__).parents[1]
 PLAIN = ["scripts/plain_sglang.py"]
@@ -83,6 +84,10 @@ class Target:
         # The first one's prompts may be in the server's cache.
         twin.prompts = self.prompts + 1
         return twin
+
+    def num_skipped(self) -> int:
+        """Prompt tokens that it did not record, for recording would have taken its time; of a server that records."""
+        return int(full_status(self.http)["activations"]["skipped"])
 
     def wait_ended(self) -> None:
         try:

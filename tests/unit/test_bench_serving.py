@@ -88,6 +88,8 @@ def test_ratios_are_over_plain_of_the_same_load_and_group():
     found.add("slo", -1, [Timing(1e9, 1e9)])
     found.add_share("slo", 50, 0.4)
     found.add_share("slo", 50, 0.6)
+    found.add_recorded("slo", 50, 1.0)
+    found.add_recorded("slo", 50, 0.5)
     named = rows(found, Slo(25.0, 5.0))
     assert named["ttft_p50_slo"].value == pytest.approx(1.1)
     assert named["ttft_p50_slo_at50"].value == pytest.approx(1.5)
@@ -96,6 +98,7 @@ def test_ratios_are_over_plain_of_the_same_load_and_group():
     assert named["slo_met"].ok is False
     assert named["slo_met_plain_at50"].value == 1.0
     assert (named["slo_train_share"].value, named["slo_train_share"].ok) == (0.5, True)
+    assert named["recorded_slo_at50"].value == 0.75
     # Plain's own figures are the first group's.
     assert "ttft_p50_plain" not in named
     assert not any("-1" in name for name in named)
