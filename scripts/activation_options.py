@@ -64,7 +64,7 @@ def _numbers(found: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
 def _unit(name: str) -> str:
     if name.endswith("_bytes_per_s"):
         return "bytes/s"
-    if name == "lost":
+    if name in ("lost", "skipped"):
         return "tokens"
     for unit in ("us", "rows", "slots", "tokens"):
         if unit in name.split("_"):
