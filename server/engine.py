@@ -27,7 +27,6 @@ from alchemist.protocol.errors import ProtocolError
 from alchemist.protocol.layout import ActivationDtype, RowLayout
 from alchemist.protocol.lease import Lease
 from alchemist.protocol.shm import TensorHandle
-from alchemist.protocol.streams import copied
 from alchemist.protocol.tensors import Arena, DeviceExport, dtype_name, share
 from alchemist.server.appraisal import Text
 from alchemist.server.cores import Cores
@@ -38,15 +37,13 @@ from alchemist.server.pool import ActivationPool, CheckedOut, Ids
 from alchemist.server.publisher import HEALTH_PREFIX, PROBE_PREFIX
 from alchemist.server.recorder import Recorder
 from alchemist.server.run import OPT_OUT, Run
+from alchemist.server.sampled import Noted, Sampled
 from alchemist.server.unloads import Unloads
 
 if TYPE_CHECKING:
     from alchemist.server.gpu_recorder import GpuRecorder
 
 logger = logging.getLogger(__name__)
-
-_NUM_ENDED = 4096
-"""Requests whose end is remembered: a step that was under way may still sample for one."""
 
 PORTION_BYTES = 1 << 20
 """Copied to the host at a time: a fraction of a millisecond, which is how long a new request may wait for it."""
@@ -81,11 +78,9 @@ class Engine:
         self._weights: Arena | DeviceExport | None = None
         self.pool: ActivationPool | None = None
         self.recorder: Recorder | GpuRecorder | None = None
-        self._logprobs: dict[str, list[tuple[int, torch.Tensor | list[float], int]]] = {}
+        self.sampled = Sampled()
         self._tickets: dict[tuple[bytes, int], list[tuple[Ids, Ids]]] = {}
         self.unloads = Unloads()
-        self._has_complained = False
-        self._ended: dict[str, None] = {}
         self._unrecorded: set[str] = set()
         """Requests in flight that are not recorded: they asked for it, or are too short."""
         self._rows_per_portion = 1
@@ -298,47 +293,10 @@ class Engine:
         if self.recorder is not None:
             self.recorder.end()
 
-    def logprobs(self, logits: torch.Tensor) -> torch.Tensor | None:
-        """[batch, vocab] log-softmax, untempered and unpenalised; None: there is no memory for it."""
-        try:
-            return torch.log_softmax(logits.float(), dim=-1)
-        except RuntimeError as error:
-            self._complain(error)
-            return None
-
-    def note_logprobs(self, batch: Any, raw: torch.Tensor, token_ids: torch.Tensor) -> None:
-        """Keep each sampled token's logprob, by request and sequence length.
-
-        Args:
-            raw: as `logprobs` gives it.
-            token_ids: [batch] what was sampled.
-        """
-        if batch.rids is None:
-            return
-        try:
-            picked = raw.gather(1, token_ids.long().view(-1, 1)).view(-1)
-            values = copied(picked) if picked.is_cuda else picked.tolist()
-        except RuntimeError as error:
-            self._complain(error)
-            return
-        lengths = (batch.seq_lens if batch.seq_lens_cpu is None else batch.seq_lens_cpu).tolist()
-        for i, (rid, length) in enumerate(zip(batch.rids, lengths, strict=False)):
-            if rid not in self._ended:
-                self._logprobs.setdefault(rid, []).append((length, values, i))
-
-    def _complain(self, error: Exception) -> None:
-        """Of what is recorded besides activations; once."""
-        if not self._has_complained:
-            self._has_complained = True
-            logger.error("log-probabilities of some answers are missing: %s", error)
-
     def finished(self, req: Any, tree_cache: Any) -> None:
         """A request has ended and its KV is about to go to the tree: report it."""
-        noted = self._logprobs.pop(req.rid, [])
+        noted = self.sampled.ended(req.rid)
         self._unrecorded.discard(req.rid)
-        self._ended[req.rid] = None
-        if len(self._ended) > _NUM_ENDED:
-            del self._ended[next(iter(self._ended))]
         if _is_unvotable(req):
             return
         prompt = list(req.origin_input_ids)
@@ -368,20 +326,14 @@ class Engine:
         extra_key: str | None,
         prompt: list[int],
         output: list[int],
-        noted: list[tuple[int, torch.Tensor | list[float], int]],
+        noted: Noted,
         reason: str,
         slots: torch.Tensor | None,
     ) -> None:
         """Args:
-        noted: (sequence length, logprobs of its batch, place among them) of what was sampled.
         slots: of the prompt, on the CPU.
         """
-        logprobs = [float("nan")] * len(output)
-        for length, values, i in noted:
-            # A prefill chunk before the last samples a token nobody uses: its length is below the prompt's.
-            index = length - len(prompt)
-            if 0 <= index < len(output):
-                logprobs[index] = float(values[i])
+        logprobs = noted.of_answer(len(prompt), len(output))
         text = Text(np.array(prompt, np.int32), extra_key)
         recorded = 0 if slots is None else self._num_recorded(rid, slots, text)
         report = messages.Finished(
@@ -434,8 +386,7 @@ class Engine:
             # A batch of the native API is one of them.
             every = [one for r in requests for one in getattr(r, "batch", (r,))]
             self._unrecorded.update(one.rid for one in every if self._is_excluded(one))
-            for one in every:
-                self._ended.pop(getattr(one, "rid", None), None)
+            self.sampled.began(one.rid for one in every if hasattr(one, "rid"))
         else:
             # Not before a prefill: somebody waits for their first token.
             self._relieve()
@@ -460,7 +411,7 @@ class Engine:
             self.lease.set_engine_busy(False)
             # What was sampled past the end of an aborted request belongs to nobody, nor does what one wanted that was
             # aborted before it began.
-            self._logprobs.clear()
+            self.sampled.clear()
             self._unrecorded.clear()
             self._keep_house(scheduler)
         # It may sleep for long, and somebody may wait for what has not been settled.

@@ -47,10 +47,10 @@ def scheduler_hooks(engine: Engine) -> list[Hook]:
 
     def sample(original: Any, runner: Any, logits_output: Any, forward_batch: Any) -> Any:
         # Before the sampler: it divides by the temperature in place.
-        raw = engine.logprobs(logits_output.next_token_logits)
+        kept = engine.sampled.before(logits_output.next_token_logits)
         token_ids = original(runner, logits_output, forward_batch)
-        if raw is not None:
-            engine.note_logprobs(forward_batch, raw, token_ids)
+        if kept is not None:
+            engine.sampled.after(forward_batch, kept, token_ids)
         return token_ids
 
     def process_input_requests(original: Any, scheduler: Any, recv_reqs: Any) -> Any:
