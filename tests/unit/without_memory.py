@@ -57,8 +57,10 @@ def main(moment: str, directory: str) -> None:
     other = server.prefill(20_000, but=20_000)
     if moment == "record":
         other = server.prefill(SIZE // 2)
+        assert other.begin()
+        # Whatever looks at the tables next begins the rows.
         with no_more_memory():
-            assert not other.begin()
+            engine._appraise(0.0)
     elif moment == "write":
         engine.recorder._may_defer = False
         assert other.begin()
