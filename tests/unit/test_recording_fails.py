@@ -10,7 +10,7 @@ import pytest
 SCRIPT = Path(__file__).parent / "without_memory.py"
 
 
-@pytest.mark.parametrize("moment", ["record", "write", "flush", "hedge", "reclaim"])
+@pytest.mark.parametrize("moment", ["begin", "record", "write", "flush", "hedge", "reclaim"])
 def test_no_memory(moment):
     done = subprocess.run(
         [sys.executable, str(SCRIPT), moment],

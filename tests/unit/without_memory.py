@@ -1,6 +1,6 @@
 """Run by test_recording_fails.py: an engine whose process may take no more memory at the moment that is named.
 
-    python without_memory.py record|write|flush|hedge|reclaim
+    python without_memory.py begin|record|write|flush|hedge|reclaim
 
 Prints why recording stopped. Everything is real but the forward passes: SGLang's allocator, our engine, recorder and
 pool, and the operating system's limit.
@@ -55,7 +55,12 @@ def main(moment: str, directory: str) -> None:
     reading = as_recorded(pool.check_out("a", prompt.slots, PROMPT))
     assert (reading.rows >= 0).all()
     other = server.prefill(20_000, but=20_000)
-    if moment == "record":
+    if moment == "begin":
+        engine.recorder._may_defer = False
+        other = server.prefill(SIZE // 2)
+        with no_more_memory():
+            assert not other.begin()
+    elif moment == "record":
         other = server.prefill(SIZE // 2)
         assert other.begin()
         # Whatever looks at the tables next begins the rows.
