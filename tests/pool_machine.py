@@ -93,7 +93,7 @@ class PoolMachine(RuleBasedStateMachine):
         slots = None if self.pool.arrivals.is_deferred else self.world.serve(size)
         if slots is None:
             return
-        begun = self.pool.record_later(slots, torch.arange(size))
+        begun = self.pool.record_later(slots, torch.arange(slots.numel()))
         if goes_on:
             self.pool.prepare()
         self.allocator.free(slots)
