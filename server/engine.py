@@ -11,7 +11,6 @@ import os
 import time
 import traceback
 import zlib
-from array import array
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -23,7 +22,6 @@ import zmq
 
 from alchemist.protocol import messages
 from alchemist.protocol.cores import divides
-from alchemist.protocol.errors import ProtocolError
 from alchemist.protocol.layout import ActivationDtype, RowLayout
 from alchemist.protocol.lease import Lease
 from alchemist.protocol.shm import TensorHandle
@@ -33,9 +31,10 @@ from alchemist.server.cores import Cores
 from alchemist.server.harmless import guard, harmless
 from alchemist.server.lender import Lender
 from alchemist.server.machine_memory import auto_host_bytes, free_memory_bytes
-from alchemist.server.pool import ActivationPool, CheckedOut, Ids
+from alchemist.server.pool import ActivationPool
 from alchemist.server.publisher import HEALTH_PREFIX, PROBE_PREFIX
 from alchemist.server.recorder import Recorder
+from alchemist.server.row_desk import RowDesk, has_prefixes, match_slots
 from alchemist.server.run import OPT_OUT, Run
 from alchemist.server.sampled import Noted, Sampled
 from alchemist.server.unloads import Unloads
@@ -69,17 +68,15 @@ class Engine:
         self._control.setsockopt(zmq.LINGER, 1000)
         self._control.setsockopt(zmq.SNDHWM, 0)
         self._control.connect(run.control_address)
-        self._desk: zmq.Socket[bytes] | None = None
+        self._desk: RowDesk | None = None
         self._cores: Cores | None = None
         """Where they are divided with the trainer."""
-        self._scheduler: Any = None
         self._kv: Arena | DeviceExport | None = None
         self._kv_handles: dict[str, TensorHandle] = {}
         self._weights: Arena | DeviceExport | None = None
         self.pool: ActivationPool | None = None
         self.recorder: Recorder | GpuRecorder | None = None
         self.sampled = Sampled()
-        self._tickets: dict[tuple[bytes, int], list[tuple[Ids, Ids]]] = {}
         self.unloads = Unloads()
         self._unrecorded: set[str] = set()
         """Requests in flight that are not recorded: they asked for it, or are too short."""
@@ -391,12 +388,11 @@ class Engine:
             # Not before a prefill: somebody waits for their first token.
             self._relieve()
         self.unloads.go_on(scheduler)
-        if self._scheduler is None:
-            self._open_desk(scheduler)
+        desk = self._desk or self._open_desk(scheduler)
         self._settle()
         self._hedge_beside()
         self._appraise(BUSY_APPRAISE_S)
-        self.serve_desk()
+        desk.serve()
         self._prepare()
 
     def _is_excluded(self, request: Any) -> bool:
@@ -472,13 +468,17 @@ class Engine:
         if self.pool is not None:
             self.pool.prepare()
 
-    # The row desk: the trainer asks which rows hold a completion's tokens
-
-    def _open_desk(self, scheduler: Any) -> None:
-        self._scheduler = scheduler
-        self._desk = self._context.socket(zmq.ROUTER)
-        self._desk.setsockopt(zmq.LINGER, 0)
-        self._desk.bind(self.run.rows_address(scheduler.ps.tp_rank))
+    def _open_desk(self, scheduler: Any) -> RowDesk:
+        socket = self._context.socket(zmq.ROUTER)
+        socket.setsockopt(zmq.LINGER, 0)
+        socket.bind(self.run.rows_address(scheduler.ps.tp_rank))
+        desk = self._desk = RowDesk(
+            socket,
+            scheduler.tree_cache,
+            self.pool,
+            flush=self._flush,
+            stop_recording=self.stop_recording,
+        )
         if self.pool is not None and not has_prefixes(scheduler.tree_cache):
             logger.warning(
                 "nothing is recorded: rows are found by SGLang's RadixCache, which is off"
@@ -486,87 +486,8 @@ class Engine:
             self._end_recording("SGLang's RadixCache is off")
         # An idle scheduler sleeps on its own sockets; ours must wake it too.
         if scheduler.idle_sleeper is not None:
-            scheduler.idle_sleeper.poller.register(self._desk, zmq.POLLIN)
-
-    def serve_desk(self) -> None:
-        """Answer what the trainer has asked; never waits."""
-        assert self._desk is not None
-        # Asked before every batch: an exception for nothing to read would cost more than the question.
-        while self._desk.getsockopt(zmq.EVENTS) & zmq.POLLIN:
-            peer, data = self._desk.recv_multipart(zmq.NOBLOCK)
-            try:
-                message = messages.decode_to_scheduler(data)
-            except (ProtocolError, ValueError):
-                logger.exception("row desk: a message was refused")
-                continue
-            answer = self._answer(peer, message)
-            # An answer that does not come costs a recomputation.
-            if answer is not None:
-                self._desk.send_multipart([peer, messages.encode(answer)])
-
-    @harmless(None)
-    def _answer(self, peer: bytes, message: Any) -> messages.CheckedOut | messages.RowStats | None:
-        """What can be answered now."""
-        if isinstance(message, messages.CheckOut):
-            return self._check_out(peer, message)
-        if isinstance(message, messages.AskRows):
-            stats = self.pool.stats() if self.pool is not None else {}
-            return messages.RowStats(ticket=message.ticket, stats=msgspec.json.encode(stats))
-        if self.pool is None:
-            return None
-        if isinstance(message, messages.Voted):
-            self.pool.voted(message.rid, time.monotonic())
-        elif isinstance(message, messages.Fresh):
-            self.pool.keep_fresh(message.lora_ids, time.monotonic())
-        elif isinstance(message, messages.Trained):
-            for rid in message.rids:
-                self.pool.consumed(rid, time.monotonic())
-        else:
-            # After what it checks in, if that still waits for the device.
-            self.pool.arrivals.then((), partial(self._check_in, (peer, message.ticket)))
-        return None
-
-    def _check_out(self, peer: bytes, message: messages.CheckOut) -> messages.CheckedOut | None:
-        # A new trainer has a new identity: what a dead one held is given back here.
-        for other in [key for key in self._tickets if key[0] != peer]:
-            self._check_in(other)
-        if self.pool is None:
-            return messages.CheckedOut(ticket=message.ticket, places=[None] * len(message.prompts))
-        self._flush()
-        slots = [
-            match_slots(self._scheduler.tree_cache, messages.unpack_ids(p.token_ids), p.extra_key)
-            for p in message.prompts
-        ]
-        if not self.pool.arrivals.is_deferred:
-            return self._find_places(peer, message, slots)
-        self.pool.arrivals.then(slots, partial(self._send_places, peer, message))
-        return None
-
-    def _send_places(self, peer: bytes, message: messages.CheckOut, *slots: torch.Tensor) -> None:
-        assert self._desk is not None
-        answer = self._find_places(peer, message, slots)
-        self._desk.send_multipart([peer, messages.encode(answer)])
-
-    def _find_places(
-        self, peer: bytes, message: messages.CheckOut, slots: Sequence[torch.Tensor]
-    ) -> messages.CheckedOut:
-        """Args:
-        slots: of each prompt's cached prefix, on the CPU.
-        """
-        assert self.pool is not None
-        places: list[messages.Places | None] = []
-        held = self._tickets.setdefault((peer, message.ticket), [])
-        for prompt, own in zip(message.prompts, slots, strict=True):
-            text = Text(np.frombuffer(prompt.token_ids, np.int32), prompt.extra_key)
-            found = self.pool.check_out(prompt.rid, own, text.token_ids.size, text)
-            held.append(found.ticket)
-            places.append(_places(found) if (found.rows >= 0).any() else None)
-        return messages.CheckedOut(ticket=message.ticket, places=places)
-
-    def _check_in(self, key: tuple[bytes, int]) -> None:
-        assert self.pool is not None
-        for ticket in self._tickets.pop(key, ()):
-            self.pool.check_in(ticket)
+            scheduler.idle_sleeper.poller.register(socket, zmq.POLLIN)
+        return desk
 
     def close(self) -> None:
         self._context.destroy(linger=1000)
@@ -650,45 +571,3 @@ def positions_of(batch: Any, is_decode: bool) -> torch.Tensor:
         return lengths.long() - 1
     spans = zip(batch.extend_prefix_lens_cpu, batch.extend_seq_lens_cpu, strict=True)
     return torch.cat([torch.arange(first, first + count) for first, count in spans])
-
-
-def has_prefixes(tree: Any) -> bool:
-    """Whether `match_slots` can find anything."""
-    from sglang.srt.mem_cache.radix_cache import RadixCache
-
-    return isinstance(tree, RadixCache) and not tree.disable
-
-
-def match_slots(tree: Any, token_ids: list[int], extra_key: str | None) -> torch.Tensor:
-    """KV slots of the longest cached prefix, [n] int64, without touching the tree.
-
-    `RadixCache.match_prefix` would refresh access times and split a node; a trainer's question must not change
-    what serving evicts.
-    """
-    from sglang.srt.mem_cache.radix_cache import RadixKey
-
-    parts: list[torch.Tensor] = []
-    if has_prefixes(tree) and token_ids:
-        page_size = tree.page_size
-        key = RadixKey(array("q", token_ids), extra_key).page_aligned(page_size)
-        node = tree.root_node
-        while len(key):
-            child = node.children.get(key.child_key(page_size))
-            if child is None or child.value is None:
-                break
-            length = child.key.match(key, page_size=page_size)
-            parts.append(child.value[:length])
-            if length < len(child.key):
-                break
-            node, key = child, key[length:]
-    return torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64)
-
-
-def _places(found: CheckedOut) -> messages.Places:
-    return messages.Places(
-        slots=found.slots.tobytes(),
-        rows=found.rows.tobytes(),
-        gens=found.gens.tobytes(),
-        hedge_rows=found.hedge_rows.tobytes(),
-        hedge_gens=found.hedge_gens.tobytes(),
-    )

@@ -19,7 +19,7 @@ PROMPT = list(range(1, 9))
 def scheduler(tmp_path):
     scheduler = Scheduler(str(tmp_path), 400)
     # A cache that remembers nothing: answers find their rows by themselves.
-    scheduler.engine._scheduler = SimpleNamespace(tree_cache=None)
+    scheduler.engine.on_requests(loop(RadixCache.create_simulated()), [])
     prompt = scheduler.prefill(len(PROMPT))
     assert prompt.begin()
     prompt.compute()
@@ -30,9 +30,17 @@ def scheduler(tmp_path):
     scheduler.engine.close()
 
 
+def loop(tree):
+    return SimpleNamespace(tree_cache=tree, idle_sleeper=None, ps=SimpleNamespace(tp_rank=0))
+
+
+def tell(scheduler, peer, message):
+    return scheduler.engine._desk.answer(peer, message)
+
+
 def check_out(scheduler, peer, ticket, token_ids=PROMPT):
     prompt = messages.Prompt(rid="a", extra_key=None, token_ids=messages.pack_ids(token_ids))
-    answer = scheduler.engine._answer(peer, messages.CheckOut(ticket=ticket, prompts=[prompt]))
+    answer = tell(scheduler, peer, messages.CheckOut(ticket=ticket, prompts=[prompt]))
     assert isinstance(answer, messages.CheckedOut)
     assert answer.ticket == ticket
     return answer.places[0]
@@ -46,13 +54,13 @@ def test_a_trainer_gives_back_what_it_took(scheduler):
     assert check_out(scheduler, b"one", 1) is not None
     assert check_out(scheduler, b"one", 2) is not None
     assert readers(scheduler) == [2] * len(PROMPT)
-    scheduler.engine._answer(b"one", messages.CheckIn(ticket=1))
+    tell(scheduler, b"one", messages.CheckIn(ticket=1))
     assert readers(scheduler) == [1] * len(PROMPT)
     # Twice, or of nobody: nothing happens.
-    scheduler.engine._answer(b"one", messages.CheckIn(ticket=1))
-    scheduler.engine._answer(b"one", messages.CheckIn(ticket=7))
+    tell(scheduler, b"one", messages.CheckIn(ticket=1))
+    tell(scheduler, b"one", messages.CheckIn(ticket=7))
     assert readers(scheduler) == [1] * len(PROMPT)
-    scheduler.engine._answer(b"one", messages.CheckIn(ticket=2))
+    tell(scheduler, b"one", messages.CheckIn(ticket=2))
     assert readers(scheduler) == []
 
 
@@ -63,16 +71,15 @@ def test_what_a_dead_trainer_held_is_given_back_when_the_next_one_asks(scheduler
     assert check_out(scheduler, b"next", 0) is not None
     assert readers(scheduler) == [1] * len(PROMPT)
     # A message of the dead one that was still on its way.
-    scheduler.engine._answer(b"dead", messages.CheckIn(ticket=1))
+    tell(scheduler, b"dead", messages.CheckIn(ticket=1))
     assert readers(scheduler) == [1] * len(PROMPT)
     scheduler.pool.check_integrity()
 
 
 def test_rows_of_what_was_trained_are_not_waited_for(scheduler):
-    tell = scheduler.engine._answer
-    tell(b"main", messages.Voted(rid="a"))
+    tell(scheduler, b"main", messages.Voted(rid="a"))
     assert scheduler.pool.answers.get("a").waits_since is not None
-    tell(b"main", messages.Trained(rids=["a", "nobody"]))
+    tell(scheduler, b"main", messages.Trained(rids=["a", "nobody"]))
     assert scheduler.pool.answers.get("a").waits_since is None
 
 
@@ -82,10 +89,7 @@ def test_short_prompts_are_not_recorded_nor_any_chunk_of_long_ones_left_out(sche
         SimpleNamespace(rid=f"{n}", input_ids=[1] * n, sampling_params=None) for n in (7, 8)
     ]
     others = [SimpleNamespace(rid="image", input_ids=None, sampling_params=None), SimpleNamespace()]
-    scheduler.engine._scheduler = None
-    tree = RadixCache.create_simulated()
-    loop = SimpleNamespace(tree_cache=tree, idle_sleeper=None, ps=SimpleNamespace(tp_rank=0))
-    scheduler.engine.on_requests(loop, [*requests, *others])
+    scheduler.engine.on_requests(None, [*requests, *others])
     chunks = []
     for rid in ("7", "8", "image"):
         chunk = scheduler.prefill(4)
@@ -105,16 +109,15 @@ def test_answers_of_versions_that_are_too_old_are_not_recorded_any_more(schedule
         prompt.compute()
         return True
 
-    tell = scheduler.engine._answer
-    assert tell(b"main", messages.Fresh(lora_ids=["", "one"])) is None
+    assert tell(scheduler, b"main", messages.Fresh(lora_ids=["", "one"])) is None
     assert [is_recorded(i) for i in (None, "one")] == [True, True]
-    tell(b"main", messages.Fresh(lora_ids=["one", "two"]))
+    tell(scheduler, b"main", messages.Fresh(lora_ids=["one", "two"]))
     # A version that nobody has spoken of is newer than all that somebody has.
     assert [is_recorded(i) for i in (None, "one", "two", "three")] == [False, True, True, True]
-    tell(b"main", messages.Fresh(lora_ids=["two", "three"]))
+    tell(scheduler, b"main", messages.Fresh(lora_ids=["two", "three"]))
     assert [is_recorded(i) for i in ("one", "two")] == [False, True]
     # Somebody has rolled back.
-    tell(b"main", messages.Fresh(lora_ids=["", "one"]))
+    tell(scheduler, b"main", messages.Fresh(lora_ids=["", "one"]))
     assert [is_recorded(i) for i in (None, "one", "two", "three")] == [True, True, False, False]
 
 
@@ -122,8 +125,8 @@ def test_when_recording_has_stopped_a_trainer_is_told_that_there_are_no_rows(sch
     check_out(scheduler, b"one", 1)
     scheduler.engine.stop_recording(MemoryError("a test"))
     assert check_out(scheduler, b"one", 2) is None
-    scheduler.engine._answer(b"one", messages.CheckIn(ticket=1))
-    stats = scheduler.engine._answer(b"one", messages.AskRows(ticket=3))
+    tell(scheduler, b"one", messages.CheckIn(ticket=1))
+    stats = tell(scheduler, b"one", messages.AskRows(ticket=3))
     assert b"MemoryError: a test" in stats.stats
 
 
@@ -140,9 +143,9 @@ def test_rows_of_a_prompt_are_found_with_or_without_its_answer(scheduler, asked)
     assert len(set(rows[:known].tolist())) == known
 
 
-def test_without_a_radix_tree_nothing_is_recorded(scheduler):
+def test_without_a_radix_tree_nothing_is_recorded(tmp_path):
     """Rows are found by it alone."""
-    scheduler.engine._scheduler = None
-    loop = SimpleNamespace(tree_cache=None, idle_sleeper=None, ps=SimpleNamespace(tp_rank=0))
-    scheduler.engine.on_requests(loop, [])
+    scheduler = Scheduler(str(tmp_path), 400)
+    scheduler.engine.on_requests(loop(None), [])
     assert "RadixCache" in scheduler.pool.stopped
+    scheduler.engine.close()
