@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import re
 import shutil
 import time
@@ -28,7 +29,7 @@ from alchemist.server.errors import Conflict
 from alchemist.server.lease_status import lease_status
 from alchemist.server.ledger import Ledger
 from alchemist.server.publisher import Proven, Publisher, PublishRefused
-from alchemist.server.records import TrainingItem
+from alchemist.server.records import Trainable, TrainingItem
 from alchemist.server.row_link import RowLink
 from alchemist.server.run import Run
 from alchemist.server.samples import train_samples
@@ -287,11 +288,11 @@ class Learner:
         self._wake.set()
 
     async def _train_forever(self) -> None:
-        waiting_since: float | None = None
+        waiting_since, failed_at = math.inf, -math.inf
         crashes = kills = 0
         has_given_up = False
         size, pairs = self.config.train_batch_size, self.config.objective == "dpo"
-        pending: int | None = None
+        pending: Trainable | None = None
         counted = 0.0
         while True:
             with contextlib.suppress(TimeoutError):
@@ -305,19 +306,16 @@ class Learner:
             try:
                 await self._settle_versions()
                 if pending is None:
-                    pending = await self.ledger.num_trainable(size, pairs=pairs)
+                    pending = await self.ledger.trainable(size, pairs=pairs)
                     counted = time.monotonic()
-                if not pending:
-                    waiting_since, self._flush_left = None, 0
+                    # Clocks that tell the time may be set back.
+                    waiting_since = min(waiting_since, counted - pending.waited_s)
+                if not pending.count:
+                    waiting_since, self._flush_left = math.inf, 0
                     continue
-                now = time.monotonic()
-                waiting_since = waiting_since or now
-                is_due = (
-                    pending >= size
-                    or self._flush_left > 0
-                    or now - waiting_since >= self.config.train_max_wait
-                )
-                if not is_due:
+                waited_s = time.monotonic() - max(waiting_since, failed_at)
+                is_due = pending.count >= size or waited_s >= self.config.train_max_wait
+                if not is_due and not self._flush_left:
                     continue
                 # What may have ended the trainer for want of memory is tried again in smaller batches.
                 items = await self.ledger.next_batch(
@@ -327,6 +325,7 @@ class Learner:
                 if items:
                     try:
                         num_done = await self._train(items)
+                        failed_at = -math.inf if num_done else time.monotonic()
                         self._flush_left = max(0, self._flush_left - num_done)
                     finally:
                         await self.ledger.release_batch()
@@ -334,7 +333,7 @@ class Learner:
                     self._flush_left = 0
                 crashes = kills = 0
                 has_given_up = False
-                waiting_since = time.monotonic()
+                waiting_since = math.inf
                 self._wake.set()
             except TrainerGone as error:
                 self.last_error = str(error)

@@ -31,7 +31,7 @@ import msgspec
 
 from alchemist.server import votes
 from alchemist.server.errors import Conflict, InvalidRequest, NotFound
-from alchemist.server.records import Completion, Feedback, TrainingItem, Vote
+from alchemist.server.records import Completion, Feedback, Trainable, TrainingItem, Vote
 from alchemist.server.schema import (
     COMPLETION_COLUMNS,
     FEEDBACK_COLUMNS,
@@ -385,9 +385,15 @@ class Ledger(VersionTables):
         query = "SELECT count(*) FROM feedback WHERE state = ?"
         return self._store.read(lambda db: int(db.execute(query, (state,)).fetchone()[0]))
 
-    def num_trainable(self, limit: int, *, pairs: bool = False) -> Answer[int]:
-        """How many votes `next_batch` would give."""
-        return self._store.read(lambda db: len(self._pick(db, limit, (), pairs)))
+    def trainable(self, limit: int, *, pairs: bool = False) -> Answer[Trainable]:
+        """The votes that `next_batch` would give."""
+
+        def operation(db: sqlite3.Connection) -> Trainable:
+            picked = self._pick(db, limit, (), pairs)
+            since = votes.pending_since(db, picked)
+            return Trainable(count=len(picked), waited_s=max(0.0, self._now() - since))
+
+        return self._store.read(operation)
 
     def _pick(
         self, db: sqlite3.Connection, limit: int, versions: Sequence[int], pairs: bool

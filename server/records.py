@@ -85,6 +85,14 @@ class TrainingItem(msgspec.Struct, frozen=True, kw_only=True):
     """The preference pair it is half of; with a correction, all of."""
 
 
+class Trainable(msgspec.Struct, frozen=True, kw_only=True):
+    """The pending votes that a batch could be made of now."""
+
+    count: int
+    waited_s: float
+    """For how long the first of them has been trainable, a pair since its later vote."""
+
+
 class Step(msgspec.Struct, frozen=True, kw_only=True):
     step: int
     parent: int

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import sqlite3
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -59,8 +60,8 @@ _PENDING = """FROM feedback f JOIN completions c ON c.id = f.completion_id
 """First the votes on answers of some versions, and of those the oldest."""
 
 
-def _json(versions: Sequence[int]) -> str:
-    return msgspec.json.encode(versions).decode()
+def _json(values: Sequence[int] | Sequence[str]) -> str:
+    return msgspec.json.encode(values).decode()
 
 
 def pick_oldest(db: sqlite3.Connection, limit: int, versions: Sequence[int]) -> dict[str, str]:
@@ -79,7 +80,7 @@ def _read_digests(db: sqlite3.Connection, completion_ids: Sequence[str]) -> Dige
     rows = db.execute(
         "SELECT id, prompt_ids, response_ids FROM completions"
         " WHERE id IN (SELECT value FROM json_each(?))",
-        (msgspec.json.encode(completion_ids).decode(),),
+        (_json(completion_ids),),
     )
     return {row["id"]: (_digest(row["prompt_ids"]), _digest(row["response_ids"])) for row in rows}
 
@@ -134,6 +135,19 @@ def pick_pairs(
             del opposite[partner]
             picked[partner] = picked[row["id"]] = partner
     return picked
+
+
+def pending_since(db: sqlite3.Connection, picked: Mapping[str, str]) -> float:
+    """When the first of some pending votes, as they were picked, became trainable: Unix seconds; inf: there is none."""
+    rows = db.execute(
+        "SELECT id, updated FROM feedback WHERE id IN (SELECT value FROM json_each(?))",
+        (_json(list(picked)),),
+    )
+    complete: dict[str, float] = {}
+    for row in rows:
+        pair = picked[row["id"]] or row["id"]
+        complete[pair] = max(row["updated"], complete.get(pair, 0.0))
+    return min(complete.values(), default=math.inf)
 
 
 def replay(db: sqlite3.Connection, key: str, fingerprint: bytes) -> tuple[Feedback, bool] | None:

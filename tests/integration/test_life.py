@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
+import sqlite3
 
 import pytest
 import torch
@@ -215,6 +217,8 @@ def test_its_votes_are_trained_again_once_somebody_resumes(third):
 
 
 def test_a_dead_scheduler_ends_the_server_with_a_message(third):
+    # It is still pending when the server ends.
+    third.vote(third.chat("good morning")["id"])
     footprint = Footprint(third)
     scheduler = third.child("sglang::scheduler")
     assert scheduler is not None
@@ -225,6 +229,18 @@ def test_a_dead_scheduler_ends_the_server_with_a_message(third):
     assert "scheduler" in last
     assert str(scheduler.pid) in last
     assert "SIGKILL" in last
+
+
+def test_a_vote_that_has_waited_long_enough_does_not_wait_again(third, data_dir):
+    """It came an hour before this server did."""
+    assert third.process.poll() is not None
+    with contextlib.closing(sqlite3.connect(data_dir / "ledger.sqlite3")) as ledger, ledger:
+        ledger.execute("UPDATE feedback SET updated = updated - 3600 WHERE state = 'pending'")
+        assert ledger.total_changes == 1
+    server = Server(data_dir, *ARGS, "--train-max-wait", "600")
+    status = wait_for(lambda: settled(server), 180, "a step")
+    assert (status["live_version"], status["trained"]) == ("v5", 13)
+    assert server.stop() == 0
 
 
 @pytest.mark.parametrize("victim", ["alchemist.server", "scheduler"])

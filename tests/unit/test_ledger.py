@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from ledger_support import completion, vote
 from alchemist.server import ledger as ledger_module
 from alchemist.server.errors import Conflict, InvalidRequest, LedgerError, NotFound
 from alchemist.server.ledger import Ledger
-from alchemist.server.records import Vote
+from alchemist.server.records import Trainable, Vote
 
 
 def add_voted(ledger: Ledger, count: int) -> list[str]:
@@ -252,8 +253,8 @@ def test_opposite_votes_on_one_prompt_make_a_pair(ledger: Ledger) -> None:
         ledger, (a, 5, 1), (b, 5, 1), ([9], 5, -1), (a, 6, -1), (a, 7, 1), (b, 6, -1)
     )
     assert matches(ledger) == {up_a: up_a, down_a: up_a, up_b: up_b, down_b: up_b}
-    assert ledger.num_trainable(9, pairs=True).result() == 4
-    assert ledger.num_trainable(9).result() == 6
+    assert ledger.trainable(9, pairs=True).result().count == 4
+    assert ledger.trainable(9).result().count == 6
     # The oldest pair, whole.
     assert matches(ledger, limit=1) == {up_a: up_a, down_a: up_a}
     commit(ledger, 1, [up_a, down_a, up_b, down_b])
@@ -265,10 +266,47 @@ def test_opposite_votes_on_one_prompt_make_a_pair(ledger: Ledger) -> None:
 def test_a_correction_is_a_pair_and_equal_answers_are_none(ledger: Ledger) -> None:
     up, down = add_answers(ledger, ([1], 5, 1), ([1], 5, -1))
     assert matches(ledger) == {}
-    assert ledger.num_trainable(9, pairs=True).result() == 0
+    assert ledger.trainable(9, pairs=True).result().count == 0
     vote(ledger, "p1", -1, correction="better")
     assert matches(ledger) == {down: down}
     assert ledger.get_feedback(up).result().state == "pending"
+
+
+def test_a_vote_waits_from_when_it_could_be_trained(tmp_path: Path) -> None:
+    clock = 100.0
+    with contextlib.closing(Ledger(tmp_path / "a.sqlite3", now=lambda: clock)) as ledger:
+        assert ledger.trainable(9).result() == Trainable(count=0, waited_s=0.0)
+        for rid in ("c0", "c1"):
+            ledger.add_completion(completion(rid))
+        first = vote(ledger, "c0")[0].id
+        clock = 130.0
+        vote(ledger, "c1")
+        clock = 150.0
+        assert ledger.trainable(1).result() == Trainable(count=1, waited_s=50.0)
+        assert ledger.trainable(9).result() == Trainable(count=2, waited_s=50.0)
+        commit(ledger, 1, [first])
+        assert ledger.trainable(9).result() == Trainable(count=1, waited_s=20.0)
+        clock = 200.0
+        ledger.set_version_state(1, "failed", "a test", requeue=True).result()
+        clock = 210.0
+        assert ledger.trainable(9).result() == Trainable(count=2, waited_s=80.0)
+        clock = 90.0
+        assert ledger.trainable(9).result() == Trainable(count=2, waited_s=0.0)
+
+
+def test_a_pair_waits_from_its_later_vote(tmp_path: Path) -> None:
+    clock = 100.0
+    with contextlib.closing(Ledger(tmp_path / "a.sqlite3", now=lambda: clock)) as ledger:
+        for rid, token in (("c0", 5), ("c1", 6), ("c2", 7)):
+            ledger.add_completion(completion(rid, prompt_ids=[1], response_ids=[token]))
+        vote(ledger, "c0", 1)
+        clock = 130.0
+        vote(ledger, "c1", -1)
+        clock = 150.0
+        vote(ledger, "c2", -1, correction="better")
+        clock = 160.0
+        assert ledger.trainable(9).result() == Trainable(count=3, waited_s=60.0)
+        assert ledger.trainable(9, pairs=True).result() == Trainable(count=3, waited_s=30.0)
 
 
 def test_the_same_batch_is_handed_out_again_until_committed(ledger: Ledger) -> None:
