@@ -24,12 +24,12 @@ The first group is started --starts times, plain SGLang too: two servers that do
 long as they live, by where their memory happens to lie. Of the group `again` is only started if --only names it.
 
 The load is SGLang's own benchmark client, at --rate, and (rows that end in _at25 … _at90) at parts of the rate at which
-plain SGLang is saturated, measured first. Turns are short and many: a shared machine drifts by more within minutes than
-what is measured here. Latency ratios are ours ÷ plain over all requests of the run: less is better; their quartiles are
-those of 200 resamplings of the starts, or of the rounds if there was one start. Rows of `pair` are the median of each
-request's ratio to plain's with the same prompt and arrival, which is steadier where requests meet each other. The gate:
-greedy tokens and logprobs of all servers' base model agree. --quick has the first group at --rate only; --only starts
-what its rows need.
+plain SGLang is saturated, measured at every start, for a shared machine is not always as fast. Turns are short and
+many: it drifts by more within minutes than what is measured here. Latency ratios are ours ÷ plain over all requests of
+the run: less is better; their quartiles are those of 200 resamplings of the starts, or of the rounds if there was one
+start. Rows of `pair` are the median of each request's ratio to plain's with the same prompt and arrival, which is
+steadier where requests meet each other. The gate: greedy tokens and logprobs of all servers' base model agree. --quick
+has the first group at --rate only; --only starts what its rows need.
 """
 
 from __future__ import annotations
@@ -150,8 +150,8 @@ class Bench:
         self._slo = Slo(options.slo_ttft_ms, options.slo_tpot_ms)
         self._seeds = itertools.count()
         """One for each turn's prompts and arrivals."""
-        self._rate = 0.0
-        """At which plain SGLang is saturated, in requests a second; 0: not measured."""
+        self._rates: list[float] = []
+        """At which plain SGLang was saturated, in requests a second, the last one as it is now; empty: not measured."""
 
     def measure(self) -> None:
         up: list[Target] = []
@@ -166,6 +166,8 @@ class Bench:
                 self._measure_beside(up, group)
         finally:
             Target.end(up)
+        if self._rates:
+            report_saturation(self._run, self._rates)
 
     def _measure_starts(self, up: list[Target], group: list[str]) -> None:
         """Plain SGLang and a group, started together several times; the last of them stay `up`."""
@@ -174,12 +176,14 @@ class Bench:
             Target.end(up)
             up.clear()
             self._begin(up, group, start)
+            self._find_rate(up[0])
             self._measure_group(up, found, start)
         report_group(self._run, found, self._slo, burst=BURST)
 
     def _measure_beside(self, up: list[Target], group: list[str]) -> None:
         """Another group beside the plain SGLang that is up."""
         Target.end(up[1:])
+        self._find_rate(up[0])
         if "slo" in group and self._slo.is_open:
             self._slo = self._targets(up[0])
         del up[1:]
@@ -201,13 +205,13 @@ class Bench:
         load = self._load
         self._wait(up)
         load.run(up[0].url, WARM_UP, math.inf, seed=-1 % 2**32)
-        if not is_first:
-            return
-        self._expected = up[0].greedy()
+        if is_first:
+            self._expected = up[0].greedy()
+
+    def _find_rate(self, plain: Target) -> None:
         has_slo = any("slo" in group for group in self._groups)
         if self._levels or has_slo or self._run.wants("saturation_rate"):
-            self._rate = self._saturation(up[0])
-            report_saturation(self._run, self._rate)
+            self._rates.append(self._saturation(plain))
 
     @cached_property
     def _load(self) -> Load:
@@ -251,7 +255,7 @@ class Bench:
         return statistics.median(rates)
 
     def _targets(self, plain: Target) -> Slo:
-        requests, rate = self._options.level_requests, self._rate / 2
+        requests, rate = self._options.level_requests, self._rates[-1] / 2
         turns = [
             self._load.run(plain.url, requests, rate, next(self._seeds))
             for _ in progress(range(TARGET_TURNS), "finding slo's targets")
@@ -274,7 +278,7 @@ class Bench:
             self._load.run(target.url, WARM_UP, math.inf, seed=-1 % 2**32)
             if target.name == "slo" and target.backlog is not None:
                 target.backlog.start()
-                self._load.run(target.url, SETTLING, self._rate / 2, next(self._seeds))
+                self._load.run(target.url, SETTLING, self._rates[-1] / 2, next(self._seeds))
                 target.backlog.stop()
         by_name = {target.name: target for target in targets}
         if "unrecorded" in found.names:
@@ -303,7 +307,7 @@ class Bench:
             for _, target in _rotated(targets, 1, first=r)
         ]
         for r, at, target in progress(levels, "measuring at load levels"):
-            rate = self._rate * at / 100
+            rate = self._rates[-1] * at / 100
             self._turn(found, target, at, options.level_requests, rate, seeds[at, r])
         for target in targets:
             if target.backlog is not None:

@@ -95,8 +95,12 @@ def resampled(turns: Sequence[T], starts: int) -> list[Sequence[T]]:
     return [turns, *(list(itertools.chain(*some)) for some in drawn)]
 
 
-def report_saturation(run: Run, rate: float) -> None:
-    row = Row("saturation_rate", rate, "requests/s", (rate, rate), 1)
+def report_saturation(run: Run, rates: Sequence[float]) -> None:
+    """Args:
+    rates: of every start of plain SGLang, and of every group beside it.
+    """
+    median = statistics.median(rates)
+    row = Row("saturation_rate", median, "requests/s", quartiles(rates), len(rates))
     row.against = "plain SGLang"
     run.add(row)
 
