@@ -50,7 +50,7 @@ from pathlib import Path
 from bench_common import Run, progress
 from serving_load import Load
 from serving_report import Measured, Slo, quantile, report_group, report_saturation
-from serving_servers import ALCHEMIST, PLAIN, ROOT, Backlog, Target
+from serving_servers import ALCHEMIST, PLAIN, ROOT, Backlog, Target, difference
 
 from alchemist.server.main import TINY_MODEL
 
@@ -266,9 +266,9 @@ class Bench:
 
     def _measure_group(self, targets: list[Target], found: Measured, start: int = 0) -> None:
         for target in targets[1:]:
-            if target.greedy() != self._expected:
+            if differs := difference(target.greedy(), self._expected):
                 sys.exit(
-                    f"gate: {target.name} does not answer as plain SGLang does; nothing was measured"
+                    f"gate: {target.name} does not answer as plain SGLang does: {differs}; nothing was measured"
                 )
         for target in targets:
             if target.name in TRAINING:

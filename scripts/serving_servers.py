@@ -21,6 +21,8 @@ PLAIN = ["scripts/plain_sglang.py"]
 ALCHEMIST = ["-m", "alchemist.server"]
 VOTES = 600
 """Votes waiting when a turn begins: more than any turn can train."""
+LOGPROB_TOLERANCE = 1e-3
+"""Nats, by which two servers may differ: more than another order of a sum makes, less than another model."""
 PATIENCE_S = 60.0
 """A trainer that passes no gate for so long does not train."""
 
@@ -104,7 +106,7 @@ class Target:
         for target in targets:
             target.wait_ended()
 
-    def greedy(self) -> list[Any]:
+    def greedy(self) -> list[list[tuple[int, float]]]:
         """Tokens and logprobs of a few fixed prompts under the base model."""
         out = []
         for length in (5, 60, 300):
@@ -116,10 +118,19 @@ class Target:
             if self._has_versions:
                 body["lora_path"] = "base"
             answer = self.http.post("/generate", json=body).json()
-            out.append(
-                [(e[1], round(e[0], 4)) for e in answer["meta_info"]["output_token_logprobs"]]
-            )
+            out.append([(e[1], e[0]) for e in answer["meta_info"]["output_token_logprobs"]])
         return out
+
+
+def difference(
+    found: list[list[tuple[int, float]]], expected: list[list[tuple[int, float]]]
+) -> str | None:
+    """Where one server's `greedy` is not another's, beyond what rounding makes; None: nowhere."""
+    for answer, (ours, its) in enumerate(zip(found, expected, strict=True)):
+        for place, (mine, other) in enumerate(zip(ours, its, strict=True)):
+            if mine[0] != other[0] or abs(mine[1] - other[1]) > LOGPROB_TOLERANCE:
+                return f"answer {answer}, token {place}: {mine}, expected {other}"
+    return None
 
 
 class Backlog:

@@ -15,6 +15,7 @@ from bench_common import Run
 from bench_serving import GROUPS, LEVELS, wanted
 from serving_load import Load, Timing
 from serving_report import Measured, Slo, report_group
+from serving_servers import difference
 
 FIRST, SECOND = (list(group) for group in GROUPS)
 
@@ -60,6 +61,15 @@ def test_twins_get_other_prompts_at_the_same_moments(monkeypatch):
         (key[0], at) for _, (key, at), _ in other
     ]
     assert [body for _, _, body in other] == [{"a": 1}] * 3
+
+
+def test_the_gate_allows_rounding_and_names_what_is_more():
+    expected = [[(5, -0.25), (6, -1.5)], [(7, -2.0)]]
+    assert difference([[(5, -0.25001), (6, -1.5)], [(7, -2.00002)]], expected) is None
+    said = difference([[(5, -0.25), (6, -1.5)], [(7, -2.01)]], expected)
+    assert said == "answer 1, token 0: (7, -2.01), expected (7, -2.0)"
+    said = difference([[(5, -0.25), (8, -1.5)], [(7, -2.0)]], expected)
+    assert said.startswith("answer 0, token 1: (8, -1.5)")
 
 
 def test_targets_become_flags_and_judge_requests():
