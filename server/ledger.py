@@ -77,6 +77,8 @@ class Ledger(VersionTables):
         self._digests: votes.Digests = {}
         # Requests being streamed (None), and finished ones that could not be written (the completion).
         self._open: dict[str, Completion | None] = {}
+        self._awaited: set[str] = set()
+        """Of those, the ones that have votes already."""
         self._open_lock = threading.Lock()
         self._retried: str | None = None
         """Of those that could not be written, the one that is being written again."""
@@ -102,10 +104,15 @@ class Ledger(VersionTables):
     def add_completion(self, completion: Completion) -> Answer[int]:
         """Stores a finished completion; its waiting votes become pending; how many. Nobody needs to wait for it.
 
-        A failure is logged and counted, never raised into a reply; a bounded number of completions that could not be
+        Unless there are votes on it the machine's end may take it with it, for as long as nothing else is stored. A
+        failure is logged and counted, never raised into a reply; a bounded number of completions that could not be
         written stay in memory, and are written with the first vote on them, or as soon as others can be.
         """
-        answer = self._store.write(lambda db: self._insert_completion(db, completion))
+        with self._open_lock:
+            is_awaited = completion.id in self._awaited
+        answer = self._store.write(
+            lambda db: self._insert_completion(db, completion), is_durable=is_awaited
+        )
 
         def finished(future: Future[int]) -> None:
             error = None if future.cancelled() else future.exception()
@@ -117,6 +124,8 @@ class Ledger(VersionTables):
                     self.num_unsaved_completions += is_new
                     if len(self._open) < _MAX_UNSAVED:
                         self._open[completion.id] = completion
+                if completion.id not in self._open:
+                    self._awaited.discard(completion.id)
                 unsaved = None
                 if error is None and self._retried is None:
                     unsaved = next((kept for kept in self._open.values() if kept is not None), None)
@@ -133,6 +142,7 @@ class Ledger(VersionTables):
         """Ends a marked request of which nothing is kept; its waiting votes fail with `reason`; how many."""
         with self._open_lock:
             self._open.pop(rid, None)
+            self._awaited.discard(rid)
         return self._store.write(lambda db: votes.fail_waiting(db, reason, rid, self._now()))
 
     def get_completion(self, rid: str) -> Answer[Completion]:
@@ -213,7 +223,11 @@ class Ledger(VersionTables):
                     if self._open.get(vote.completion_id) is not None:
                         # It was written with the vote.
                         del self._open[vote.completion_id]
+                        self._awaited.discard(vote.completion_id)
 
+        with self._open_lock:
+            if vote.completion_id in self._open:
+                self._awaited.add(vote.completion_id)
         answer = self._store.write(operation)
         answer.future.add_done_callback(finished)
         return answer

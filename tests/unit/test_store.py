@@ -28,7 +28,7 @@ from alchemist.server.errors import (
     NotFound,
 )
 from alchemist.server.ledger import Ledger
-from alchemist.server.records import Vote
+from alchemist.server.records import Completion, Vote
 
 
 def test_one_process_owns_a_data_directory(ledger: Ledger) -> None:
@@ -301,12 +301,55 @@ def test_an_answer_comes_after_the_commit(ledger: Ledger) -> None:
     assert seen == [1]
 
 
+NORMAL, FULL = 1, 2
+"""SQLite's levels of `synchronous`."""
+
+
+def level(db: sqlite3.Connection) -> int:
+    return db.execute("PRAGMA synchronous").fetchone()[0]
+
+
+def test_one_durable_operation_makes_its_transaction_durable(ledger: Ledger) -> None:
+    write = ledger._store.write
+    assert write(level, is_durable=False).result() == NORMAL
+    assert write(level).result() == FULL
+    assert write(level, is_durable=False).result() == NORMAL
+    go_on = threading.Event()
+    write(lambda db: go_on.wait(30))
+    together = [write(level, is_durable=False), write(level), write(level, is_durable=False)]
+    go_on.set()
+    assert [answer.result() for answer in together] == [FULL] * 3
+
+
+def test_an_answer_is_synced_if_somebody_has_voted_on_it(
+    ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    levels = {}
+    insert = ledger._insert_completion
+
+    def watch(db: sqlite3.Connection, given: Completion) -> int:
+        levels[given.id] = level(db)
+        return insert(db, given)
+
+    monkeypatch.setattr(ledger, "_insert_completion", watch)
+    for rid in ("alone", "voted", "again"):
+        ledger.mark_streaming(rid)
+    vote(ledger, "voted")
+    vote(ledger, "again")
+    for rid in ("alone", "voted"):
+        ledger.add_completion(completion(rid)).result()
+    # Its id comes once more.
+    ledger.drop_completion("again", "a test").result()
+    ledger.add_completion(completion("again")).result()
+    assert levels == {"alone": NORMAL, "voted": FULL, "again": NORMAL}
+    assert not ledger._awaited
+
+
 def test_commits_are_synced(ledger: Ledger) -> None:
     def pragma(name: str) -> object:
         query = f"PRAGMA {name}"
         return ledger._store.write(lambda db: db.execute(query).fetchone()[0]).result()
 
-    full = 2
     assert (pragma("journal_mode"), pragma("synchronous"), pragma("foreign_keys")) == (
-        *("wal", full, 1),
+        *("wal", FULL, 1),
     )
