@@ -13,6 +13,9 @@ Of a small model even that is a large part of a prompt's work: at rank 16 and a 
 So as long as a whole batch has one adapter, its linears have weights of their own, base + s · B A, of which there is a
 copy for each adapter, as far as `MERGED_BYTES` go: then an adapter costs nothing. In float32 only: in 16 bits the
 sum would round most of the adapter away.
+
+Where nothing is left to be added, the lines of SGLang's wrappers still cost a small model's decode step some percent:
+they are passed by then.
 """
 
 from __future__ import annotations
@@ -97,6 +100,8 @@ class CpuLora:
         """Of the batch that is being computed: the weights of linears that have them merged."""
         self._copies: dict[Adapter, dict[torch.nn.Module, Tensor]] = {}
         """By adapter, the one used last at the end."""
+        self._detours: list[tuple[dict[str, Any], Any]] = []
+        """Of each wrapped linear: its attributes, and the `forward` of what it wraps."""
 
     def prepare_batch(self, original: Any, manager: Any, forward_batch: Any) -> None:
         """AROUND `LoRAManager.prepare_lora_batch`, whose thirty small tensors nobody would read."""
@@ -107,11 +112,14 @@ class CpuLora:
         has_others = manager.embed_tokens_module is not None or manager.lm_head_module is not None
         in_graphs = hasattr(manager, "max_bs_in_cuda_graph")
         if backend.name != "torch_native" or in_graphs or has_others or lengths is None:
+            self._pass_by(manager, False)
             original(manager, forward_batch)
             return
+        # Nothing prepared is the layers' own sign for "base path only".
         manager.reset_lora_batch()
-        if not any(forward_batch.lora_ids):
-            # Nothing prepared is the layers' own sign for "base path only".
+        has_adapters = any(forward_batch.lora_ids)
+        self._pass_by(manager, not has_adapters)
+        if not has_adapters:
             return
         backend.batch_info = self
         self._stretches, start = [], 0
@@ -127,6 +135,7 @@ class CpuLora:
             self._merged = self._merge(self._stretches[0][1], manager)
             if self._merged:
                 manager.reset_lora_batch()
+                self._pass_by(manager, True)
 
     def linear(
         self, original: Any, method: Any, layer: Any, x: Tensor, bias: Tensor | None = None
@@ -146,6 +155,23 @@ class CpuLora:
         for tokens, adapter in self._stretches:
             adapter.add(layer, base_output[tokens], x[tokens])
         return base_output
+
+    def _pass_by(self, manager: Any, is_short: bool) -> None:
+        """Whether calls of the wrapped linears go straight to what they wrap. A recorder's taps, which take the same
+        place for a pass, leave it empty: hence for every batch anew.
+        """
+        if not self._detours:
+            layers = [layer for modules in manager.lora_modules for layer in modules.values()]
+            self._detours = [
+                (vars(layer), layer.base_layer.forward)
+                for layer in layers
+                if type(layer).__name__ in LINEARS
+            ]
+        for attributes, forward in self._detours:
+            if is_short:
+                attributes["forward"] = forward
+            else:
+                attributes.pop("forward", None)
 
     def _merge(self, adapter: Adapter, manager: Any) -> dict[torch.nn.Module, Tensor]:
         """By linear of the base model, its weight with the adapter in it; empty: they are not to be merged."""

@@ -1,5 +1,6 @@
 """Adapters on a CPU: SGLang's own layers, against the products written out."""
 
+from contextlib import nullcontext
 from itertools import pairwise
 from types import SimpleNamespace
 
@@ -131,6 +132,33 @@ def test_every_request_has_its_own_adapter(server, name, budget, monkeypatch):
         found, expected = server.outputs(lora_ids, lengths, name)
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     assert server.num_copies == (2 if budget else 0)
+
+
+@pytest.mark.parametrize("name", ["qkv_proj", "gate_up_proj", "down_proj"])
+def test_wrappers_with_nothing_to_add_are_passed_by(server, name, monkeypatch):
+    """As the model calls them, batch after batch."""
+    from sglang.srt.layers import linear
+    from sglang.srt.layers.quantization.unquant import UnquantizedLinearMethod
+
+    lora, layer, apply = server.lora, server.layers[name], UnquantizedLinearMethod.apply
+
+    def adapted(method, base, x, bias=None):
+        return lora.linear(apply, method, base, x, bias)
+
+    monkeypatch.setattr(UnquantizedLinearMethod, "apply", adapted)
+    monkeypatch.setattr(type(layer), "apply_lora", lambda own, y, x: lora.apply(None, own, y, x))
+    # There is one process, and no group of them.
+    monkeypatch.setattr(linear, "get_tp_group", lambda: None)
+    monkeypatch.setattr(linear, "use_symmetric_memory", lambda *_, **__: nullcontext())
+    for lora_ids, lengths in BATCHES * 2:
+        server.begin(lora_ids, lengths)
+        x = torch.randn(sum(lengths), layer.base_layer.weight.shape[1])
+        parts = zip(x.split(lengths), lora_ids, strict=True)
+        expected = torch.cat([server._expected(layer, part, uid) for part, uid in parts])
+        torch.testing.assert_close(layer(x)[0], expected)
+        assert ("forward" in vars(layer)) == (len(set(lora_ids)) == 1)
+        # What a recorder leaves behind.
+        vars(layer).pop("forward", None)
 
 
 def test_one_adapter_for_all_is_in_the_weights(server):
