@@ -105,6 +105,11 @@ class CpuLora:
 
     def prepare_batch(self, original: Any, manager: Any, forward_batch: Any) -> None:
         """AROUND `LoRAManager.prepare_lora_batch`, whose thirty small tensors nobody would read."""
+        self._prepare(original, manager, forward_batch)
+        # Nothing prepared is the layers' own sign for "base path only".
+        self._pass_by(manager, manager.lora_backend.batch_info is None)
+
+    def _prepare(self, original: Any, manager: Any, forward_batch: Any) -> None:
         self._stretches, self._merged = None, {}
         backend = manager.lora_backend
         lengths = _lengths(forward_batch)
@@ -112,14 +117,10 @@ class CpuLora:
         has_others = manager.embed_tokens_module is not None or manager.lm_head_module is not None
         in_graphs = hasattr(manager, "max_bs_in_cuda_graph")
         if backend.name != "torch_native" or in_graphs or has_others or lengths is None:
-            self._pass_by(manager, False)
             original(manager, forward_batch)
             return
-        # Nothing prepared is the layers' own sign for "base path only".
         manager.reset_lora_batch()
-        has_adapters = any(forward_batch.lora_ids)
-        self._pass_by(manager, not has_adapters)
-        if not has_adapters:
+        if not any(forward_batch.lora_ids):
             return
         backend.batch_info = self
         self._stretches, start = [], 0
@@ -135,7 +136,6 @@ class CpuLora:
             self._merged = self._merge(self._stretches[0][1], manager)
             if self._merged:
                 manager.reset_lora_batch()
-                self._pass_by(manager, True)
 
     def linear(
         self, original: Any, method: Any, layer: Any, x: Tensor, bias: Tensor | None = None
@@ -161,10 +161,9 @@ class CpuLora:
         place for a pass, leave it empty: hence for every batch anew.
         """
         if not self._detours:
-            layers = [layer for modules in manager.lora_modules for layer in modules.values()]
             self._detours = [
                 (vars(layer), layer.base_layer.forward)
-                for layer in layers
+                for layer in _wrapped(manager)
                 if type(layer).__name__ in LINEARS
             ]
         for attributes, forward in self._detours:
@@ -177,7 +176,7 @@ class CpuLora:
         """By linear of the base model, its weight with the adapter in it; empty: they are not to be merged."""
         copy = self._copies.pop(adapter, None)
         if copy is None:
-            layers = [layer for modules in manager.lora_modules for layer in modules.values()]
+            layers = _wrapped(manager)
             if not all(map(_can_merge, layers)):
                 return {}
             size = sum(layer.base_layer.weight.nbytes for layer in layers)
@@ -202,6 +201,11 @@ class CpuLora:
                 self._copies.pop(self._by_index[index], None)
             self._by_index[index] = known
         return known
+
+
+def _wrapped(manager: Any) -> list[Any]:
+    """SGLang's wrappers, of all layers of the model."""
+    return [layer for modules in manager.lora_modules for layer in modules.values()]
 
 
 def _can_merge(layer: Any) -> bool:
