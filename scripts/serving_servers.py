@@ -21,7 +21,7 @@ PLAIN = ["scripts/plain_sglang.py"]
 ALCHEMIST = ["-m", "alchemist.server"]
 VOTES = 600
 """Votes waiting when a turn begins: more than any turn can train."""
-LOGPROB_TOLERANCE = 1e-3
+LOGPROB_TOLERANCE = 1e-4
 """Nats, by which two servers may differ: more than another order of a sum makes, less than another model."""
 PATIENCE_S = 60.0
 """A trainer that passes no gate for so long does not train."""
