@@ -108,7 +108,7 @@ class Store:
 
         Args:
             is_durable: False: what is stored outlives this process, but the machine's end only together with the next
-                durable write. On a common disk that is a hundred times less work.
+                durable write.
 
         The answer raises what the operation raises, LedgerFull, or LedgerUnavailable; then nothing of it
         was stored.
