@@ -14,13 +14,13 @@ So as long as a whole batch has one adapter, its linears have weights of their o
 copy for each adapter, as far as `MERGED_BYTES` go: then an adapter costs nothing. In float32 only: in 16 bits the
 sum would round most of the adapter away.
 
-Where nothing is left to be added, the lines of SGLang's wrappers still cost a small model's decode step some percent:
-they are passed by then.
+Where nothing is left to be added, the lines of SGLang's wrappers and of what they wrap still cost a small model's
+decode step some percent. A linear of one device is a product and no more: it is called as that then.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby, pairwise
 from operator import itemgetter
@@ -44,6 +44,9 @@ MERGED_BYTES = 64 << 20
 """That merged weights may take, of all adapters together; the embedded model's are 7 MiB each. Of a larger model an
 adapter is a small part of the work, and merging it, which is done while requests wait, takes long.
 """
+
+
+_Forward = Callable[..., Any]
 
 
 @dataclass(eq=False)
@@ -96,21 +99,27 @@ class CpuLora:
         self._by_index: dict[int, Adapter] = {}
         self._stretches: list[tuple[slice, Adapter]] | None = None
         """Of the batch that is being computed: its tokens that have an adapter. None: it goes SGLang's way."""
-        self._merged: dict[torch.nn.Module, Tensor] = {}
-        """Of the batch that is being computed: the weights of linears that have them merged."""
-        self._copies: dict[Adapter, dict[torch.nn.Module, Tensor]] = {}
-        """By adapter, the one used last at the end."""
-        self._detours: list[tuple[dict[str, Any], Any]] = []
-        """Of each wrapped linear: its attributes, and the `forward` of what it wraps."""
+        self._copies: dict[Adapter, list[_Forward]] = {}
+        """By adapter, the one used last at the end: of each wrapped linear the product with its merged weights."""
+        self._linears: list[Any] = []
+        """SGLang's wrappers."""
+        self._bare: list[_Forward] = []
+        """Of each, what it computes for the base model."""
 
     def prepare_batch(self, original: Any, manager: Any, forward_batch: Any) -> None:
         """AROUND `LoRAManager.prepare_lora_batch`, whose thirty small tensors nobody would read."""
-        self._prepare(original, manager, forward_batch)
+        if not self._linears:
+            self._linears = [w for w in _wrapped(manager) if type(w).__name__ in LINEARS]
+            self._bare = [_bare(layer) for layer in self._linears]
+        forwards = self._prepare(original, manager, forward_batch)
         # Nothing prepared is the layers' own sign for "base path only".
-        self._pass_by(manager, manager.lora_backend.batch_info is None)
+        if forwards is None and manager.lora_backend.batch_info is None:
+            forwards = self._bare
+        self._take_the_place(forwards)
 
-    def _prepare(self, original: Any, manager: Any, forward_batch: Any) -> None:
-        self._stretches, self._merged = None, {}
+    def _prepare(self, original: Any, manager: Any, forward_batch: Any) -> list[_Forward] | None:
+        """Of each wrapped linear, what this batch takes instead of it; None: nothing, or the base model's."""
+        self._stretches = None
         backend = manager.lora_backend
         lengths = _lengths(forward_batch)
         # What else SGLang may wrap reads what its backend prepares.
@@ -118,10 +127,10 @@ class CpuLora:
         in_graphs = hasattr(manager, "max_bs_in_cuda_graph")
         if backend.name != "torch_native" or in_graphs or has_others or lengths is None:
             original(manager, forward_batch)
-            return
+            return None
         manager.reset_lora_batch()
         if not any(forward_batch.lora_ids):
-            return
+            return None
         backend.batch_info = self
         self._stretches, start = [], 0
         for uid, same in groupby(
@@ -132,20 +141,12 @@ class CpuLora:
             if adapter is not None:
                 self._stretches.append((slice(start, end), adapter))
             start = end
-        if len(self._stretches) == 1 and self._stretches[0][0] == slice(0, start):
-            self._merged = self._merge(self._stretches[0][1], manager)
-            if self._merged:
-                manager.reset_lora_batch()
-
-    def linear(
-        self, original: Any, method: Any, layer: Any, x: Tensor, bias: Tensor | None = None
-    ) -> Tensor:
-        """AROUND `UnquantizedLinearMethod.apply`."""
-        weight = self._merged.get(layer)
-        if weight is None:
-            result: Tensor = original(method, layer, x, bias)
-            return result
-        return torch.nn.functional.linear(x, weight, bias)
+        if len(self._stretches) != 1 or self._stretches[0][0] != slice(0, start):
+            return None
+        merged = self._merge(self._stretches[0][1], manager)
+        if merged is not None:
+            manager.reset_lora_batch()
+        return merged
 
     def apply(self, original: Any, layer: Any, base_output: Tensor, x: Tensor) -> Tensor:
         """AROUND `apply_lora` of a linear: adds the adapters to `base_output` [T, E], in place as SGLang does."""
@@ -156,35 +157,28 @@ class CpuLora:
             adapter.add(layer, base_output[tokens], x[tokens])
         return base_output
 
-    def _pass_by(self, manager: Any, is_short: bool) -> None:
-        """Whether calls of the wrapped linears go straight to what they wrap. A recorder's taps, which take the same
-        place for a pass, leave it empty: hence for every batch anew.
-        """
-        if not self._detours:
-            self._detours = [
-                (vars(layer), layer.base_layer.forward)
-                for layer in _wrapped(manager)
-                if type(layer).__name__ in LINEARS
-            ]
-        for attributes, forward in self._detours:
-            if is_short:
-                attributes["forward"] = forward
-            else:
-                attributes.pop("forward", None)
+    def _take_the_place(self, forwards: list[_Forward] | None) -> None:
+        """Of the wrapped linears; None: they are called themselves."""
+        if forwards is None:
+            for layer in self._linears:
+                vars(layer).pop("forward", None)
+            return
+        for layer, forward in zip(self._linears, forwards, strict=True):
+            vars(layer)["forward"] = forward
 
-    def _merge(self, adapter: Adapter, manager: Any) -> dict[torch.nn.Module, Tensor]:
-        """By linear of the base model, its weight with the adapter in it; empty: they are not to be merged."""
+    def _merge(self, adapter: Adapter, manager: Any) -> list[_Forward] | None:
+        """Of each wrapped linear, the product with the weight that has the adapter in it; None: that is not to be."""
         copy = self._copies.pop(adapter, None)
         if copy is None:
             layers = _wrapped(manager)
             if not all(map(_can_merge, layers)):
-                return {}
+                return None
             size = sum(layer.base_layer.weight.nbytes for layer in layers)
             if size > MERGED_BYTES:
-                return {}
+                return None
             while (len(self._copies) + 1) * size > MERGED_BYTES:
                 del self._copies[next(iter(self._copies))]
-            copy = {layer.base_layer: adapter.merged(layer) for layer in layers}
+            copy = [_product(adapter.merged(layer), layer.base_layer.bias) for layer in layers]
         self._copies[adapter] = copy
         return copy
 
@@ -209,13 +203,39 @@ def _wrapped(manager: Any) -> list[Any]:
 
 
 def _can_merge(layer: Any) -> bool:
+    return _is_product(layer) and layer.base_layer.weight.dtype == torch.float32
+
+
+def _is_product(layer: Any) -> bool:
+    """Whether what is wrapped is a product, and its output one that nobody else has a part of."""
     base = layer.base_layer
     return (
         type(layer).__name__ in LINEARS
         and type(base.quant_method).__name__ == "UnquantizedLinearMethod"
         and not getattr(base, "use_intel_amx_backend", False)
-        and base.weight.dtype == torch.float32
+        and base.tp_size == 1
+        and not base.skip_bias_add
     )
+
+
+def _bare(layer: Any) -> _Forward:
+    base = layer.base_layer
+    if _is_product(layer):
+        return _product(base.weight, base.bias)
+    forward: _Forward = base.forward
+    return forward
+
+
+def _product(weight: Tensor, bias: Tensor | None) -> _Forward:
+    linear = torch.nn.functional.linear
+
+    def forward(
+        x: Tensor, skip_all_reduce: bool = False, forward_batch: Any = None
+    ) -> tuple[Tensor, None]:
+        """As SGLang's wrappers are called; what they return. Of one device there is nothing to be reduced."""
+        return linear(x, weight, bias), None
+
+    return forward
 
 
 def _lengths(forward_batch: Any) -> Sequence[int] | None:

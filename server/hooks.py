@@ -105,8 +105,6 @@ def scheduler_hooks(engine: Engine) -> list[Hook]:
         lora = cpu_lora.CpuLora()
         manager = f"{_S}.lora.lora_manager.LoRAManager"
         hooks.append(Hook(f"{manager}.prepare_lora_batch", "AROUND", lora.prepare_batch))
-        linear = f"{_S}.layers.quantization.unquant.UnquantizedLinearMethod.apply"
-        hooks.append(Hook(linear, "AROUND", lora.linear))
         hooks += [
             Hook(f"{_S}.lora.layers.{name}.apply_lora", "AROUND", lora.apply)
             for name in cpu_lora.LINEARS

@@ -154,6 +154,9 @@ class Learner:
             self._spawn(self._train_forever())
             if self._metrics is not None:
                 self._spawn(self._watch_rows(self._metrics))
+        # What SGLang's processes have built until now lives as long as they do. To look through it for garbage would
+        # stop serving for half a second every now and then.
+        await self._manager.freeze_gc()
 
     async def stop(self) -> None:
         """End the trainer and keep everything; the ledger stays open for the caller to close."""

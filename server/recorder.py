@@ -18,7 +18,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -29,6 +29,7 @@ from alchemist.server.pool import ActivationPool, Begun
 
 _Write = Callable[[str, torch.Tensor], None]
 _Note = Callable[[Any, Any], None]
+_Forward = Callable[..., Any]
 
 
 KEEP_BYTES = 256 << 20
@@ -239,19 +240,45 @@ class _Batch:
         return taken
 
 
-class Tap(NamedTuple):
-    """A module's `forward` that passes something on, in the module's place of it only while a batch is recorded. Not a
-    hook: torch calls a module that has one by a slower way, and a small model's decode step has some twenty of them.
+class Tap:
+    """Passes on what goes by a module, in the place of its `forward` only while a batch is recorded. Not a hook: torch
+    calls a module that has one by a slower way, and a small model's decode step has some twenty of them.
     """
 
-    module: torch.nn.Module
-    forward: Callable[..., Any]
+    def __init__(self, module: torch.nn.Module, note: _Note, *, is_before: bool) -> None:
+        """Args:
+        note: called with the module's arguments and its output.
+        is_before: it is called before there is one.
+        """
+        self._attributes, self._note = vars(module), note
+        self._own = module.forward
+        self._forward = self._before if is_before else self._after
+        self._inner: _Forward | None = None
+        """What had the place; None: nothing, or the tap is not installed."""
 
     def install(self) -> None:
-        self.module.__dict__["forward"] = self.forward
+        found = self._attributes.get("forward")
+        if found is not self._forward:
+            self._inner = found
+            self._attributes["forward"] = self._forward
 
     def remove(self) -> None:
-        self.module.__dict__.pop("forward", None)
+        if self._attributes.get("forward") is not self._forward:
+            return
+        inner, self._inner = self._inner, None
+        if inner is None:
+            del self._attributes["forward"]
+        else:
+            self._attributes["forward"] = inner
+
+    def _before(self, *args: Any, **kwargs: Any) -> Any:
+        self._note(args, None)
+        return (self._inner or self._own)(*args, **kwargs)
+
+    def _after(self, *args: Any, **kwargs: Any) -> Any:
+        output = (self._inner or self._own)(*args, **kwargs)
+        self._note(args, output)
+        return output
 
 
 def taps_of(
@@ -269,28 +296,13 @@ def taps_of(
     for index, layer in enumerate(model.model.layers):
         write, attention = write_of(index), layer.self_attn
         taps += [
-            _tap(layer.input_layernorm, _residual(write, "x")),
-            _tap(layer.post_attention_layernorm, _residual(write, "mid")),
-            _tap(attention.qkv_proj, _qkv(write, q, k)),
-            _tap(attention.o_proj, _input(write, "attn"), is_before=True),
-            _tap(layer.mlp.gate_up_proj, _output(write, "gate_up")),
+            Tap(layer.input_layernorm, _residual(write, "x"), is_before=False),
+            Tap(layer.post_attention_layernorm, _residual(write, "mid"), is_before=False),
+            Tap(attention.qkv_proj, _qkv(write, q, k), is_before=False),
+            Tap(attention.o_proj, _input(write, "attn"), is_before=True),
+            Tap(layer.mlp.gate_up_proj, _output(write, "gate_up"), is_before=False),
         ]
     return taps
-
-
-def _tap(module: torch.nn.Module, note: _Note, *, is_before: bool = False) -> Tap:
-    original = module.forward
-
-    def before(*args: Any, **kwargs: Any) -> Any:
-        note(args, None)
-        return original(*args, **kwargs)
-
-    def after(*args: Any, **kwargs: Any) -> Any:
-        output = original(*args, **kwargs)
-        note(args, output)
-        return output
-
-    return Tap(module, before if is_before else after)
 
 
 def _is_functional(layer: torch.nn.Module) -> bool:

@@ -7,6 +7,7 @@ server decides what becomes of both. It may be killed at any instant.
 
 from __future__ import annotations
 
+import gc
 import logging
 import math
 import os
@@ -468,6 +469,8 @@ def run(address: str, server_pid: int) -> None:
             break
         if isinstance(message, messages.Welcome):
             worker = Worker(message, context, server_pid)
+            # It lives as long as the process; a search of it for garbage is a stretch without a gate.
+            gc.freeze()
             ready = messages.TrainerReady(pid=os.getpid(), weights_shared_bytes=worker.shared_bytes)
             socket.send(messages.encode(ready))
         elif isinstance(message, messages.Train) and worker is not None:

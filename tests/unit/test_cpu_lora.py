@@ -1,6 +1,5 @@
 """Adapters on a CPU: SGLang's own layers, against the products written out."""
 
-from contextlib import nullcontext
 from itertools import pairwise
 from types import SimpleNamespace
 
@@ -54,8 +53,15 @@ def layers(monkeypatch):
 class Server:
     """What there is of SGLang's around its layers: which adapter is in which buffer, and the batch's requests."""
 
-    def __init__(self, layers):
+    def __init__(self, layers, monkeypatch):
         self.layers, self.lora = layers, cpu_lora.CpuLora()
+
+        def apply_lora(layer, y, x):
+            return self.lora.apply(None, layer, y, x)
+
+        for layer in layers.values():
+            # As the hook has it.
+            monkeypatch.setattr(type(layer), "apply_lora", apply_lora)
         self.index = {uid: i for i, uid in enumerate(UIDS)}
         config = SimpleNamespace(r=RANK)
         backend = layers["qkv_proj"].lora_backend
@@ -78,17 +84,15 @@ class Server:
         self.lora.prepare_batch(None, self.manager, batch)
 
     def outputs(self, lora_ids, lengths, name="qkv_proj"):
-        """Of a prefill: (the layer's output, what it should be)."""
+        """Of a prefill: (the layer's output, as the model calls it; what it should be)."""
         self.begin(lora_ids, lengths)
         layer = self.layers[name]
-        base = layer.base_layer
-        x = torch.randn(sum(lengths), base.weight.shape[1])
-        method = base.quant_method
-        found = self.lora.linear(type(method).apply, method, base, x, base.bias)
-        if layer.lora_active:
-            found = self.lora.apply(None, layer, found, x)
+        x = torch.randn(sum(lengths), layer.base_layer.weight.shape[1])
         parts = zip(x.split(lengths), lora_ids, strict=True)
-        return found, torch.cat([self._expected(layer, part, uid) for part, uid in parts])
+        expected = torch.cat([self._expected(layer, part, uid) for part, uid in parts])
+        found, bias = layer(x)
+        assert bias is None
+        return found, expected
 
     def _expected(self, layer, x, uid):
         base = layer.base_layer
@@ -110,8 +114,8 @@ class Server:
 
 
 @pytest.fixture
-def server(layers):
-    return Server(layers)
+def server(layers, monkeypatch):
+    return Server(layers, monkeypatch)
 
 
 BATCHES = [
@@ -134,31 +138,40 @@ def test_every_request_has_its_own_adapter(server, name, budget, monkeypatch):
     assert server.num_copies == (2 if budget else 0)
 
 
-@pytest.mark.parametrize("name", ["qkv_proj", "gate_up_proj", "down_proj"])
-def test_wrappers_with_nothing_to_add_are_passed_by(server, name, monkeypatch):
-    """As the model calls them, batch after batch."""
-    from sglang.srt.layers import linear
+@pytest.fixture
+def asked(monkeypatch):
+    """The linears whose product SGLang's own lines have asked for."""
     from sglang.srt.layers.quantization.unquant import UnquantizedLinearMethod
 
-    lora, layer, apply = server.lora, server.layers[name], UnquantizedLinearMethod.apply
+    found, apply = [], UnquantizedLinearMethod.apply
 
-    def adapted(method, base, x, bias=None):
-        return lora.linear(apply, method, base, x, bias)
+    def noting(method, base, x, bias=None):
+        found.append(base)
+        return apply(method, base, x, bias)
 
-    monkeypatch.setattr(UnquantizedLinearMethod, "apply", adapted)
-    monkeypatch.setattr(type(layer), "apply_lora", lambda own, y, x: lora.apply(None, own, y, x))
-    # There is one process, and no group of them.
-    monkeypatch.setattr(linear, "get_tp_group", lambda: None)
-    monkeypatch.setattr(linear, "use_symmetric_memory", lambda *_, **__: nullcontext())
+    monkeypatch.setattr(UnquantizedLinearMethod, "apply", noting)
+    return found
+
+
+@pytest.mark.parametrize("name", ["qkv_proj", "gate_up_proj", "down_proj"])
+def test_where_nothing_is_to_be_added_a_linear_is_a_product(server, asked, name):
     for lora_ids, lengths in BATCHES * 2:
-        server.begin(lora_ids, lengths)
-        x = torch.randn(sum(lengths), layer.base_layer.weight.shape[1])
-        parts = zip(x.split(lengths), lora_ids, strict=True)
-        expected = torch.cat([server._expected(layer, part, uid) for part, uid in parts])
-        torch.testing.assert_close(layer(x)[0], expected)
-        assert ("forward" in vars(layer)) == (len(set(lora_ids)) == 1)
-        # What a recorder leaves behind.
-        vars(layer).pop("forward", None)
+        asked.clear()
+        found, expected = server.outputs(lora_ids, lengths, name)
+        torch.testing.assert_close(found, expected)
+        assert bool(asked) == (len(set(lora_ids)) > 1)
+
+
+def test_what_is_more_than_a_product_stays_sglangs(server, asked):
+    base = server.layers["gate_up_proj"].base_layer
+    # Others have parts of its output.
+    base.tp_size = 2
+    for lora_ids in ([None], ["one"]):
+        asked.clear()
+        found, expected = server.outputs(lora_ids, [4], "gate_up_proj")
+        torch.testing.assert_close(found, expected)
+        assert asked == [base]
+    assert server.num_copies == 0
 
 
 def test_one_adapter_for_all_is_in_the_weights(server):
@@ -190,7 +203,7 @@ def test_copies_stay_within_their_budget(server, monkeypatch):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
         assert server.num_copies == 1
     monkeypatch.setattr(cpu_lora, "MERGED_BYTES", size - 1)
-    fresh = Server(server.layers)
+    fresh = Server(server.layers, monkeypatch)
     fresh.begin(["one"], [4])
     assert fresh.num_copies == 0
 

@@ -221,6 +221,33 @@ def test_a_module_is_tapped_while_it_is_recorded_only():
     assert torch.equal(stored, output)
 
 
+def test_a_tap_passes_on_what_has_the_modules_place():
+    """Of a batch with an adapter its weights: before, while and after it is recorded."""
+    world = World(host_rows=0)
+    model = bare_model()
+    recorder = Recorder(model, world.layout, world.pool)
+    linear = model.model.layers[1].mlp.gate_up_proj
+    output = torch.arange(float(world.layout.widths["gate_up"]))[None]
+
+    def adapted(x):
+        return (x[0] + 1,)
+
+    slots = world.serve(2)
+    for i, expected in enumerate((output + 1, output)):
+        if i == 0:
+            vars(linear)["forward"] = adapted
+        assert recorder.begin(slots[i : i + 1], torch.tensor([i]), is_decode=True)
+        assert torch.equal(linear((output,))[0], expected)
+        recorder.end()
+        assert vars(linear).get("forward") is (adapted if i == 0 else None)
+        vars(linear).pop("forward", None)
+    recorder.flush()
+    rows = found(world, slots).rows
+    stored = torch.empty(2, output.shape[1])
+    world.view.fetch(1, "gate_up", rows, stored)
+    assert torch.equal(stored, torch.cat([output + 1, output]))
+
+
 def test_a_token_may_leave_the_cache_before_its_row_on_the_host_is_copied():
     """Its completion has ended and wants the row: keys and values are copied before others are written there."""
     world = World(host_rows=20)
