@@ -2,8 +2,8 @@
 
     python scripts/bench_serving.py [--quick] [--only NAME,…] [--json FILE|-]
 
-Servers that are up together are measured in turn, in rotated order; the others are idle meanwhile. Memory holds four or
-five: plain SGLang stays up, and the rest comes in two groups, each compared with plain's turns among its own.
+Servers that are up together are measured in turn, in rotated order; the others have come to rest by then. Memory holds
+four or five: plain SGLang stays up, and the rest comes in two groups, each compared with plain's turns among its own.
 
     plain       SGLang with the same flags, nothing of ours and no LoRA
 
@@ -280,6 +280,8 @@ class Bench:
                 target.backlog.start()
                 self._load.run(target.url, SETTLING, self._rates[-1] / 2, next(self._seeds))
                 target.backlog.stop()
+        for target in targets:
+            target.wait_quiet()
         by_name = {target.name: target for target in targets}
         if "unrecorded" in found.names:
             by_name["unrecorded"] = by_name["recording"].twin(
@@ -345,6 +347,7 @@ class Bench:
             part = (target.num_skipped() - skipped) / (requests * self._options.input_len)
             found.add_recorded(target.name, at, 1 - part)
         found.add(target.name, at, timings)
+        target.wait_quiet()
         return seconds
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import httpx
 from activation_options import full_status
+from process_figures import wait_quiet
 
 ROOT = Path(__file__).parents[1]
 PLAIN = ["scripts/plain_sglang.py"]
@@ -68,6 +69,13 @@ class Target:
         sys.exit(
             f"server {self.name} did not start; its log: {self.log}\n{self.log.read_text()[-3000:]}"
         )
+
+    def wait_quiet(self) -> None:
+        """What was recorded is copied when nobody waits, and so would be while another server is measured."""
+        try:
+            wait_quiet(self.process.pid)
+        except TimeoutError as error:
+            sys.exit(f"server {self.name} does not come to rest: {error}")
 
     def __enter__(self) -> Target:
         return self

@@ -1,7 +1,11 @@
 """The serving benchmark: what its options start, and which rows its figures become."""
 
 import argparse
+import os
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
 
 from bench_common import Run
 from bench_serving import GROUPS, LEVELS, wanted
+from process_figures import wait_quiet
 from serving_load import Load, Timing
 from serving_report import Measured, Slo, report_group
 from serving_servers import difference
@@ -135,3 +140,37 @@ def test_spreads_are_those_of_the_starts_where_there_were_several(starts, width)
     row = rows(found, Slo(0, 0))["ttft_p50_recording"]
     assert row.value == pytest.approx(1.0)
     assert row.spread[1] - row.spread[0] == pytest.approx(width)
+
+
+WORKS = """
+import time, sys
+end = time.monotonic() + float(sys.argv[1])
+while time.monotonic() < end: pass
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("is_child", [False, True])
+def test_a_turn_begins_when_a_server_and_its_children_rest(is_child):
+    args = [sys.executable, "-c", WORKS, "1.5"]
+    if is_child:
+        run = "import subprocess, sys; subprocess.run(sys.argv[1:])"
+        args = [sys.executable, "-c", run, *args]
+    with subprocess.Popen(args, start_new_session=True) as server:
+        try:
+            started = time.monotonic()
+            wait_quiet(server.pid)
+            assert time.monotonic() - started > 1.0
+            wait_quiet(server.pid, patience_s=1.0)
+        finally:
+            os.killpg(server.pid, signal.SIGKILL)
+
+
+def test_a_server_that_does_not_come_to_rest_is_named():
+    args = [sys.executable, "-c", WORKS, "60"]
+    with subprocess.Popen(args) as server:
+        try:
+            with pytest.raises(TimeoutError, match=f"process {server.pid} .* busy for 1 s"):
+                wait_quiet(server.pid, patience_s=1.0)
+        finally:
+            server.kill()
