@@ -63,7 +63,9 @@ TWINS = {"unrecorded": "recording", "paused": "idle"}
 LEVELS = (25, 50, 75, 90)
 """Load in percent of the rate at which plain SGLang is saturated."""
 WARM_UP = 4
-"""Requests to each server before anything is measured."""
+"""Requests to each server before anything is measured; a turn at the highest level besides, where there are levels: the
+first one that fills a server's memory pays for the pages.
+"""
 BURST = 8
 """Requests at once where throughput is measured."""
 SATURATING = 32
@@ -276,6 +278,9 @@ class Bench:
                 target.backlog.measure_alone(3 if self._options.quick else 12)
         for target in progress(targets, "warm-up"):
             self._load.run(target.url, WARM_UP, math.inf, seed=-1 % 2**32)
+            if self._levels:
+                rate = self._rates[-1] * self._levels[-1] / 100
+                self._load.run(target.url, self._options.level_requests, rate, next(self._seeds))
             if target.name == "slo" and target.backlog is not None:
                 target.backlog.start()
                 self._load.run(target.url, SETTLING, self._rates[-1] / 2, next(self._seeds))
