@@ -25,9 +25,9 @@ from alchemist.protocol.errors import PeerProtocolError
 from alchemist.protocol.lease import Lease
 from alchemist.server.config import Config
 from alchemist.server.conversations import Conversations
-from alchemist.server.errors import Conflict
 from alchemist.server.lease_status import lease_status
 from alchemist.server.ledger import Ledger
+from alchemist.server.live_version import LiveVersion, num_kept
 from alchemist.server.publisher import Proven, Publisher, PublishRefused
 from alchemist.server.records import Trainable, TrainingItem
 from alchemist.server.row_link import RowLink
@@ -44,10 +44,8 @@ logger = logging.getLogger(__name__)
 _POLL_S = 0.2
 _RECOUNT_S = 30.0
 """Votes are counted again when something says so; and after this long, if what should have said so was lost."""
-_BUSY_S = (0.5, 1.0, 2.0, 4.0, 8.0)
-"""Between attempts to publish through a full queue."""
 _BUSY_REST_S = 30.0
-"""After them, before there is another step to publish."""
+"""After attempts to publish through a full queue, before there is another step to publish."""
 _HELLO_TIMEOUT_S = 60.0
 _ROWS_EVERY_S = 5.0
 _DIRECTORY = re.compile(r"v\d+|\.tmp-.*")
@@ -86,7 +84,7 @@ class Learner:
         self.tokens_recomputed = 0
         self.last_step: dict[str, Any] = {}
         self.last_error: str | None = None
-        self.publisher = Publisher(manager, self._num_kept, config.probe_tolerance)
+        self.publisher = Publisher(manager, num_kept(config), config.probe_tolerance)
         self.conversations = Conversations(ledger, self.publisher, self.wake)
         self._context = zmq.asyncio.Context()
         self.trainer = TrainerLink(
@@ -102,31 +100,22 @@ class Learner:
         if manager.server_args.device == "cpu":
             suspension.attach(lambda: self.trainer.process.pid)
         self._rows = RowLink(self._context, run.rows_address())
+        self._live = LiveVersion(config, ledger, self.publisher, self._rows, metrics)
         self._manager = manager
         self._hello: messages.SchedulerHello | None = None
         self._hello_came = asyncio.Event()
         self._training = False
-        self._publishing = asyncio.Lock()
-        """Held while it changes which version is live, and which ones are loaded."""
         self._wake = asyncio.Event()
         self._flush_left = 0
         self._next_version = 1
-        self._parents: dict[int, int | None] = {}
         self._rests_until = 0.0
         """When a step is worth its while again after one that could not be published; monotonic seconds."""
-        self._unsettled: set[int] = set()
-        """Versions that did not go live, which the ledger could not be told."""
         self._tasks: list[asyncio.Task[None]] = []
 
     @property
     def live(self) -> int:
         """The version that answers requests which do not pin one."""
-        return self.publisher.live
-
-    @property
-    def _num_kept(self) -> int:
-        # A recording may be as old as max_staleness and is differentiated with its own version.
-        return max(self.config.keep_versions, self.config.max_staleness + 1)
+        return self._live.number
 
     # Life
 
@@ -184,42 +173,15 @@ class Learner:
             self.last_step = {"step": last.step, "version": f"v{last.version}", **last.metrics}
         self._delete_orphans({Path(path).name for path in recovery.directories})
         paths = {v.version: v.path for v in versions if v.path and Path(v.path).is_dir()}
-        for version in sorted(paths)[-self._num_kept :]:
-            if version not in (0, recovery.live, recovery.staged):
-                with contextlib.suppress(PublishRefused):
-                    await self.publisher.load(version, paths[version])
-        self._parents = {v.version: v.parent for v in versions}
-        self.publisher.live = await self._restore_live(recovery.live, paths)
-        await self._went_live(self.publisher.live)
+        refused = await self._live.restore(recovery, versions, paths)
+        if refused is not None:
+            # As in `_publish`: learning waits for a person.
+            self.last_error, self.paused = str(refused), True
         if recovery.staged is not None and recovery.staged in paths:
             await self._publish(recovery.staged, paths[recovery.staged], recovery.live)
         logger.info(
             "live version v%d, step %d, %d version(s) loaded", self.live, self.step, len(paths)
         )
-
-    async def _restore_live(self, live: int, paths: dict[int, str]) -> int:
-        """Load the live version, or its nearest ancestor that can be proven; which one it is."""
-        version = live
-        skipped: list[int] = []
-        while version:
-            try:
-                if version not in self.publisher.loaded:
-                    if version not in paths:
-                        raise PublishRefused(f"version v{version} is no longer kept")
-                    await self.publisher.load(version, paths[version])
-                break
-            except PublishRefused as error:
-                # As in `_publish`: learning waits for a person.
-                self.last_error, self.paused = str(error), True
-                skipped.append(version)
-                version = self._parents[version] or 0
-        if version != live:
-            await self.ledger.set_version_state(version, "live", None)
-            for number in skipped:
-                # What serves now has learned from none of them.
-                await self.ledger.set_version_state(number, "failed", self.last_error, requeue=True)
-            logger.error("v%d cannot be served as it was made; v%d is live instead", live, version)
-        return version
 
     def _delete_orphans(self, known: set[str]) -> None:
         """Directories of versions that were never committed; what others put there stays."""
@@ -307,7 +269,7 @@ class Learner:
             if self.paused or is_resting or not self.trainer.is_ready or self.stopping:
                 continue
             try:
-                await self._settle_versions()
+                await self._live.settle()
                 if pending is None:
                     pending = await self.ledger.trainable(size, pairs=pairs)
                     counted = time.monotonic()
@@ -322,7 +284,7 @@ class Learner:
                     continue
                 # What may have ended the trainer for want of memory is tried again in smaller batches.
                 items = await self.ledger.next_batch(
-                    max(1, size >> kills), pairs=pairs, versions=self._fresh
+                    max(1, size >> kills), pairs=pairs, versions=self._live.fresh
                 )
                 # Votes may have been deleted since they were counted.
                 if items:
@@ -356,17 +318,6 @@ class Learner:
                 self.last_error = str(error)
                 logger.exception("a training step did not complete; its votes stay pending")
                 await asyncio.sleep(1.0)
-
-    async def _settle_versions(self) -> None:
-        """What a version has learned that did not go live is in nothing that serves: its votes are pending again."""
-        async with self._publishing:
-            for version in sorted(self._unsettled):
-                # Somebody may have promoted it since.
-                if version != self.live:
-                    await self.publisher.drop(version)
-                    reason = "it could not be published"
-                    await self.ledger.set_version_state(version, "failed", reason, requeue=True)
-                self._unsettled.discard(version)
 
     async def _give_up(self, items: list[TrainingItem], reason: str) -> bool:
         """Let votes fail that end the trainer; whether that could be written."""
@@ -413,17 +364,11 @@ class Learner:
                 failed=answer.failed,
             )
             self._next_version, self.step = version + 1, step
-            self._parents[version] = parent
             self.tokens_reused += answer.tokens_reused
             self.tokens_recomputed += answer.tokens_recomputed
             self.last_error = None
             published = time.monotonic()
-            try:
-                proven = await self._publish(version, answer.path, parent)
-            except Exception:
-                if self.live != version:
-                    self._unsettled.add(version)
-                raise
+            proven = await self._publish(version, answer.path, parent)
             if proven is not None:
                 await self._rows.trained(sorted({item.completion.id for item in items}))
             metrics["publish_s"] = time.monotonic() - published
@@ -448,74 +393,14 @@ class Learner:
 
     async def _publish(self, version: int, path: str, parent: int) -> Proven | None:
         """Make a version live; None: that was not to be, and its votes are pending again."""
-        async with self._publishing:
-            return await self._publish_alone(version, path, parent)
-
-    async def _publish_alone(self, version: int, path: str, parent: int) -> Proven | None:
-        if self.live != parent:
-            # Somebody promoted or rolled back while the step ran: that is not undone behind their back. The votes
-            # are pending again and are trained from what is live now.
-            reason = f"v{self.live} was made live during the step"
-            await self.ledger.set_version_state(version, "failed", reason, requeue=True)
-            return None
         try:
-            proven = await self._load_in_time(version, path)
+            return await self._live.publish(version, path, parent)
         except PublishRefused as error:
+            # Training waits for a person, but where the engine was only too busy.
             self.last_error = str(error)
             self._rests_until = time.monotonic() + _BUSY_REST_S if error.is_busy else 0.0
-            logger.error("%s; v%d stays live", error, self.live)
-            # Its votes are pending again: nobody was served by what they made. Training waits for a person, but where
-            # the engine was only too busy.
-            await self.ledger.set_version_state(version, "failed", str(error), requeue=True)
             self.paused = self.paused or not error.is_busy
             return None
-        await self.ledger.set_version_state(version, "live", None)
-        await self._went_live(version)
-        logger.info("v%d is live (probe difference %.2g nats)", version, proven.difference)
-        await self.publisher.retire({version})
-        await self._prune()
-        return proven
-
-    async def _load_in_time(self, version: int, path: str) -> Proven:
-        """`Publisher.load`, tried again where the engine is too busy for a probe."""
-        for delay in _BUSY_S:
-            try:
-                return await self.publisher.load(version, path)
-            except PublishRefused as error:
-                if not error.is_busy:
-                    raise
-                await asyncio.sleep(delay)
-        return await self.publisher.load(version, path)
-
-    @property
-    def _fresh(self) -> list[int]:
-        """Versions whose answers are differentiated at the version that served them, the live one first. Votes on those
-        are trained first: where more come than can be trained, waiting in line would make every one of them stale.
-        """
-        found: list[int] = []
-        version: int | None = self.live
-        while version is not None and len(found) <= self.config.max_staleness:
-            found.append(version)
-            version = self._parents.get(version)
-        return found
-
-    async def _went_live(self, version: int) -> None:
-        self.publisher.live = version
-        await self._tell_fresh()
-        if self._metrics is not None:
-            self._metrics.on_live(version)
-
-    async def _tell_fresh(self) -> None:
-        if self.config.no_train:
-            return
-        fresh, loaded = self._fresh, self.publisher.loaded
-        adapters = [loaded[v] for v in fresh if v in loaded]
-        await self._rows.fresh([*([""] if 0 in fresh else []), *adapters])
-
-    async def _prune(self) -> None:
-        """Delete the directories of versions beyond --keep-versions that nothing needs."""
-        for path in await self.ledger.prune_versions(self._num_kept):
-            await asyncio.to_thread(shutil.rmtree, path, ignore_errors=True)
 
     # What the API asks
 
@@ -551,20 +436,7 @@ class Learner:
         Raises:
             NotFound: no such version. Conflict: it failed or its directory is gone.
         """
-        async with self._publishing:
-            found = await self.ledger.get_version(version)
-            if found.state == "failed":
-                raise Conflict(f"version v{version} failed: {found.reason}", "version")
-            if version and version not in self.publisher.loaded:
-                if found.path is None or not Path(found.path).is_dir():
-                    raise Conflict(f"version v{version} is no longer kept")
-                try:
-                    await self.publisher.load(version, found.path)
-                except PublishRefused as error:
-                    raise Conflict(str(error)) from error
-            await self.ledger.set_version_state(version, "live", None)
-            await self._went_live(version)
-            await self.publisher.retire({version})
+        await self._live.promote(version)
 
     async def rollback(self) -> None:
         """Make the live version's nearest servable ancestor live.
@@ -572,10 +444,7 @@ class Learner:
         Raises:
             Conflict: the base model is live.
         """
-        target = await self.ledger.rollback_target()
-        if target is None:
-            raise Conflict("v0 is live; there is no earlier version")
-        await self.promote(target)
+        await self._live.rollback()
 
     def num_recorded(self, rid: str) -> int:
         """See `Conversations`."""

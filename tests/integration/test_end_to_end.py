@@ -219,6 +219,13 @@ def test_long_prompts_in_chunks_and_shared_prefixes_reuse_their_rows(server):
     assert recomputed <= 2 * responses + 40
 
 
+@pytest.mark.parametrize("process", ["Scheduler", "Detokenizer Manager", "Tokenizer Manager"])
+def test_what_lives_for_good_is_not_searched_for_garbage(server, process):
+    # SGLang's own words; the log may be a moment behind.
+    said = f"Freezing GC in {process} process"
+    wait_for(lambda: said in server.log.read_text(errors="replace"), 10, said)
+
+
 def test_several_clients_at_once(server):
     with ThreadPoolExecutor(6) as pool:
         answers = list(pool.map(lambda i: server.chat(f"What is {i} + {i}?"), range(12)))
