@@ -245,10 +245,10 @@ class Tap:
     calls a module that has one by a slower way, and a small model's decode step has some twenty of them.
     """
 
-    def __init__(self, module: torch.nn.Module, note: _Note, *, is_before: bool) -> None:
+    def __init__(self, module: torch.nn.Module, note: _Note, *, is_before: bool = False) -> None:
         """Args:
         note: called with the module's arguments and its output.
-        is_before: it is called before there is one.
+        is_before: it is called before there is an output, with None.
         """
         self._attributes, self._note = vars(module), note
         self._own = module.forward
@@ -296,11 +296,11 @@ def taps_of(
     for index, layer in enumerate(model.model.layers):
         write, attention = write_of(index), layer.self_attn
         taps += [
-            Tap(layer.input_layernorm, _residual(write, "x"), is_before=False),
-            Tap(layer.post_attention_layernorm, _residual(write, "mid"), is_before=False),
-            Tap(attention.qkv_proj, _qkv(write, q, k), is_before=False),
+            Tap(layer.input_layernorm, _residual(write, "x")),
+            Tap(layer.post_attention_layernorm, _residual(write, "mid")),
+            Tap(attention.qkv_proj, _qkv(write, q, k)),
             Tap(attention.o_proj, _input(write, "attn"), is_before=True),
-            Tap(layer.mlp.gate_up_proj, _output(write, "gate_up"), is_before=False),
+            Tap(layer.mlp.gate_up_proj, _output(write, "gate_up")),
         ]
     return taps
 

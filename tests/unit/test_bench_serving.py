@@ -145,6 +145,7 @@ def test_spreads_are_those_of_the_starts_where_there_were_several(starts, width)
 WORKS = """
 import time, sys
 end = time.monotonic() + float(sys.argv[1])
+print("works", flush=True)
 while time.monotonic() < end: pass
 time.sleep(60)
 """
@@ -156,8 +157,9 @@ def test_a_turn_begins_when_a_server_and_its_children_rest(is_child):
     if is_child:
         run = "import subprocess, sys; subprocess.run(sys.argv[1:])"
         args = [sys.executable, "-c", run, *args]
-    with subprocess.Popen(args, start_new_session=True) as server:
+    with subprocess.Popen(args, start_new_session=True, stdout=subprocess.PIPE) as server:
         try:
+            assert server.stdout.readline() == b"works\n"
             started = time.monotonic()
             wait_quiet(server.pid)
             assert time.monotonic() - started > 1.0
@@ -168,8 +170,9 @@ def test_a_turn_begins_when_a_server_and_its_children_rest(is_child):
 
 def test_a_server_that_does_not_come_to_rest_is_named():
     args = [sys.executable, "-c", WORKS, "60"]
-    with subprocess.Popen(args) as server:
+    with subprocess.Popen(args, stdout=subprocess.PIPE) as server:
         try:
+            assert server.stdout.readline() == b"works\n"
             with pytest.raises(TimeoutError, match=f"process {server.pid} .* busy for 1 s"):
                 wait_quiet(server.pid, patience_s=1.0)
         finally:

@@ -203,12 +203,17 @@ def test_rows_begin_late_where_serving_has_taken_back_what_was_ready():
     assert [value for value, _ in world.read(found(world, own))] in ([50.0], [])
 
 
-def test_a_module_is_tapped_while_it_is_recorded_only():
+def tapped():
+    """(world, recorder, a linear that it taps, an output of one token)."""
     world = World(host_rows=0)
     model = bare_model()
     recorder = Recorder(model, world.layout, world.pool)
-    linear = model.model.layers[1].mlp.gate_up_proj
     output = torch.arange(float(world.layout.widths["gate_up"]))[None]
+    return world, recorder, model.model.layers[1].mlp.gate_up_proj, output
+
+
+def test_a_module_is_tapped_while_it_is_recorded_only():
+    world, recorder, linear, output = tapped()
     slots = world.serve(2)
     assert recorder.begin(slots[:1], torch.arange(1), is_decode=True)
     assert linear((output,))[0] is output
@@ -223,11 +228,7 @@ def test_a_module_is_tapped_while_it_is_recorded_only():
 
 def test_a_tap_passes_on_what_has_the_modules_place():
     """Of a batch with an adapter its weights: before, while and after it is recorded."""
-    world = World(host_rows=0)
-    model = bare_model()
-    recorder = Recorder(model, world.layout, world.pool)
-    linear = model.model.layers[1].mlp.gate_up_proj
-    output = torch.arange(float(world.layout.widths["gate_up"]))[None]
+    world, recorder, linear, output = tapped()
 
     def adapted(x):
         return (x[0] + 1,)
