@@ -107,10 +107,10 @@ class Config:
     """Share of requests that are recorded, 0 to 1; a request that says
     "alchemist": {"record": false}, or has the header X-Alchemist-Record: false, never is (default: 1)."""
 
-    record_busy_share: float = 0.02
+    record_busy_share: float = 0.005
     """On a CPU, the part of the time in which requests run that copying what was recorded may take, 0 to 1. Prompts
     that find no room until then are not recorded, and computed again if they are voted on. 1: all are recorded,
-    whoever waits (default: 0.02)."""
+    whoever waits (default: 0.005)."""
 
     record_min_tokens: int = 1
     """Prompts shorter than this many tokens are not recorded: computing them again costs less. From which
