@@ -15,7 +15,6 @@ cannot hold the rows of all of them.
 
 from __future__ import annotations
 
-import os
 import random
 import re
 import sys
@@ -26,13 +25,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from activation_options import activation_rows, budget_flags, full_status
-from bench_common import Row, Run, progress
+from bench_common import Row, Run, model_name, progress
 from serving_servers import ALCHEMIST, Target
 from serving_targets import finish_training, started
 
 from alchemist.server.main import TINY_MODEL
 
-ROOT = Path(__file__).parents[1]
 BAR = 2.0
 ANSWER_TOKENS = 8
 BATCH = 4
@@ -167,7 +165,7 @@ def main() -> None:
     options = Run.parse(parser)
     options.prompts = options.prompts or (32 if options.quick else 96)
     run = Run("activation_memory", options)
-    run.config = {"model": os.path.relpath(options.model, ROOT)}
+    run.config = {"model": model_name(options.model)}
     rng = random.Random(0)
     prompts = [
         [rng.randrange(10, 900) for _ in range(options.prompt_len)] for _ in range(options.prompts)

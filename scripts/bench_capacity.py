@@ -23,7 +23,6 @@ counters; the hit rate is of the answers' `cached_tokens`.
 from __future__ import annotations
 
 import asyncio
-import os
 import random
 import sys
 import tempfile
@@ -34,14 +33,13 @@ from typing import Any, NamedTuple
 
 import httpx
 from activation_options import activation_rows, budget_flags, full_status
-from bench_common import Row, Run, progress
+from bench_common import Row, Run, model_name, progress
 from serving_servers import ALCHEMIST, PLAIN, Target
 from serving_targets import started
 from sglang_figures import LOG_EVERY_BATCH, batches, metric_sums
 
 from alchemist.server.main import TINY_MODEL
 
-ROOT = Path(__file__).parents[1]
 BAR = 0.5
 """Percent."""
 PARTS = {
@@ -242,7 +240,7 @@ def main() -> None:
     options.conversations = options.conversations or (16 if options.quick else 48)
     trace = build_trace(options.conversations, options.turns)
     run = Run("capacity", options)
-    run.config = {"model": os.path.relpath(options.model, ROOT)}
+    run.config = {"model": model_name(options.model)}
     both = ["--model-path", options.model, "--max-total-tokens", str(options.max_total_tokens)]
     # Admit eagerly, so that some must be retracted.
     both += ["--schedule-conservativeness", "0.1", *LOG_EVERY_BATCH]

@@ -26,6 +26,7 @@ from rich.progress import track
 from rich.table import Table
 
 _T = TypeVar("_T")
+ROOT = Path(__file__).resolve().parents[1]
 _console = Console(stderr=True)
 
 
@@ -48,6 +49,14 @@ class Row(msgspec.Struct):
         if self.bar is None:
             return None
         return self.value <= self.bar if self.less_is_better else self.value >= self.bar
+
+
+def model_name(path: str) -> str:
+    """A model's directory as results name it: within the project, or of one elsewhere the last part."""
+    resolved = Path(path).resolve()
+    if resolved.is_relative_to(ROOT):
+        return str(resolved.relative_to(ROOT))
+    return resolved.name
 
 
 def quartiles(values: Sequence[float]) -> tuple[float, float]:

@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import os
 import random
 import statistics
 import sys
@@ -36,7 +35,7 @@ from typing import Any, NamedTuple
 
 import httpx
 from activation_options import budget_flags, full_status
-from bench_common import Row, Run, progress, quartiles
+from bench_common import Row, Run, model_name, progress, quartiles
 from chat_trace import Chat, LogNormal, Turn, build, read_questions
 from reuse_figure import by_delay, plot
 from serving_servers import ALCHEMIST, Target
@@ -44,7 +43,6 @@ from serving_targets import finish_training, started
 
 from alchemist.server.main import TINY_MODEL
 
-ROOT = Path(__file__).parents[1]
 SYSTEM = "You are a helpful assistant. You are talking to {user}."
 
 
@@ -181,7 +179,7 @@ def main() -> None:
     figure, options.plot, options.trace = options.plot, None, options.trace.name
     run = Run("reuse", options)
     run.config = {
-        "model": os.path.relpath(options.model, ROOT),
+        "model": model_name(options.model),
         "think": think._asdict(),
         "delay": delay._asdict(),
         "chats": len(trace),

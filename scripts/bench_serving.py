@@ -37,7 +37,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import math
-import os
 import statistics
 import sys
 import tempfile
@@ -47,10 +46,10 @@ from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 
-from bench_common import Run, progress
+from bench_common import Run, model_name, progress
 from serving_load import Load
 from serving_report import Measured, Slo, quantile, report_group, report_saturation
-from serving_servers import ALCHEMIST, PLAIN, ROOT, Backlog, Target, difference
+from serving_servers import ALCHEMIST, PLAIN, Backlog, Target, difference
 
 from alchemist.server.main import TINY_MODEL
 
@@ -113,7 +112,7 @@ def main() -> None:
     )
     options = Run.parse(parser)
     run = Run("serving", options)
-    run.config = {"model": os.path.relpath(options.model, ROOT)}
+    run.config = {"model": model_name(options.model)}
     with tempfile.TemporaryDirectory(prefix="bench-serving-") as name:
         Bench(run, options, Path(name)).measure()
     run.finish()

@@ -38,7 +38,7 @@ from typing import Any
 import fixed_batch
 import psutil
 from activation_options import activation_rows, budget_flags, full_status
-from bench_common import Row, Run, quartiles
+from bench_common import Row, Run, model_name, quartiles
 from process_figures import growth, still_alive
 from serving_servers import ALCHEMIST, PLAIN, Target
 from serving_targets import started
@@ -47,7 +47,6 @@ from soak_clients import Seen, Soak
 
 from alchemist.server.main import TINY_MODEL
 
-ROOT = Path(__file__).parents[1]
 MIN_REUSE = 0.5
 """Share of the trained tokens that must have come from rows; or what the trainer did was no test of lent memory."""
 MAX_GROWTH_FDS = 8
@@ -146,7 +145,7 @@ def errors_in(log: str) -> list[str]:
 def main() -> None:
     options = parse()
     run = Run("soak", options)
-    run.config = {"model": os.path.relpath(options.model, ROOT)}
+    run.config = {"model": model_name(options.model)}
     both = ["--model-path", options.model, "--max-total-tokens", str(options.max_total_tokens)]
     both += ["--enable-metrics", "--schedule-conservativeness", "0.3"]
     with tempfile.TemporaryDirectory(prefix="soak-") as name:
