@@ -4,8 +4,7 @@ Two processes whose operations each want every core get next to nothing done: ea
 thread is, and one of them has always lost its core. Decoding a token for a few requests gains little by more cores, as
 it waits for memory or for Python, and so does a training step of a small model by the last ones. So for as long as both
 run, each decode step keeps to one part of the cores and the trainer to the other. A prefill takes all of them, and the
-trainer, which the operating system puts last, stands back; but where policy `slo` gives the trainer all of the time and
-prompts would still be in time by their part of the cores (`has_room` in `server/slo.py`), prefills keep to it, too.
+trainer, which the operating system puts last, stands back.
 """
 
 from __future__ import annotations
@@ -22,8 +21,3 @@ def trainer_cores(num_cores: int) -> int:
 
 def serving_cores(num_cores: int) -> int:
     return num_cores - num_cores // 2
-
-
-def slowdown(num_cores: int) -> float:
-    """How many times as long what serving does on its part of the cores takes, at most."""
-    return num_cores / serving_cores(num_cores)

@@ -17,7 +17,6 @@
     ...     trainer      num_gates        gates passed: how far training has come
     ...     trainer      metered_ns        time it has run while requests were in flight
     ...     front        share_ppm         millionths of the time requests are in flight that the trainer may have
-    ...     front        divides_prefills  1 while prefills, too, leave the trainer its cores (`cores.py`)
     ...     front        num_suspended     times the operating system has been told to put the trainer aside
     ...     any          sem_t             process-shared, posted when the device becomes free
 
@@ -75,7 +74,6 @@ class _Block(ctypes.Structure):
         ("num_gates", ctypes.c_uint64),
         ("metered_ns", ctypes.c_uint64),
         ("share_ppm", ctypes.c_uint64),
-        ("divides_prefills", ctypes.c_uint64),
         ("num_suspended", ctypes.c_uint64),
         ("semaphore", ctypes.c_uint64 * 8),
     )
@@ -146,11 +144,8 @@ class Lease:
             block.engine_busy = 0
             self._wake()
 
-    def set_share(self, share: float, *, divides_prefills: bool = False) -> None:
-        """HTTP process only: the share, 0 to 1, of the time requests are in flight that the trainer may have, and
-        whether it keeps its cores while prompts are computed.
-        """
-        self._block.divides_prefills = divides_prefills
+    def set_share(self, share: float) -> None:
+        """HTTP process only: the share, 0 to 1, of the time requests are in flight that the trainer may have."""
         self._block.share_ppm = round(share * 1e6)
         self.changed()
 
@@ -165,10 +160,6 @@ class Lease:
     @property
     def share(self) -> float:
         return float(self._block.share_ppm / 1e6)
-
-    @property
-    def divides_prefills(self) -> bool:
-        return bool(self._block.divides_prefills)
 
     def _wake(self) -> None:
         if self._block.waiting:

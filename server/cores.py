@@ -1,4 +1,4 @@
-"""The scheduler's cores: all of them, or its part beside the trainer (`protocol/cores.py`)."""
+"""The scheduler's cores: all of them, or its part while it decodes beside the trainer (`protocol/cores.py`)."""
 
 from __future__ import annotations
 
@@ -18,6 +18,5 @@ class Cores:
     def take(self, *, is_decode: bool) -> None:
         """What the next pass gets."""
         lease, every = self._lease, self._every
-        keeps = is_decode or lease.divides_prefills
-        is_beside = keeps and lease.share > 0 and lease.state is TrainerState.RUNNING
+        is_beside = is_decode and lease.share > 0 and lease.state is TrainerState.RUNNING
         torch.set_num_threads(serving_cores(every) if is_beside else every)

@@ -14,7 +14,6 @@ def lease_status(lease: Lease, suspension: Suspension, policy: str) -> dict[str,
     return {
         "policy": policy,
         "share": lease.share,
-        "divides_prefills": lease.divides_prefills,
         "granted": lease.is_granted,
         "trainer_state": lease.state.name.lower(),
         "revocations": lease.num_acks + lease.num_suspended,

@@ -8,16 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from alchemist.protocol.cores import slowdown
 from alchemist.protocol.lease import Lease
 from alchemist.server.config import Config
-from alchemist.server.slo import MARGIN, WINDOW, Observation, Targets, decide, has_room
+from alchemist.server.slo import MARGIN, WINDOW, Observation, Targets, decide
 
 _MIN_TOKENS = 4
 """Gaps between tokens before their mean says something."""
@@ -39,8 +37,6 @@ class Pacing:
         self._lease = lease
         self.targets = targets
         self.share = 0.0
-        self.divides_prefills = False
-        self._slowdown = slowdown(len(os.sched_getaffinity(0)))
         self.num_cuts = 0
         self._recent: deque[Observation] = deque(maxlen=WINDOW)
         self._slow: set[Pace] = set()
@@ -57,12 +53,9 @@ class Pacing:
 
     def finished(self, seen: Observation) -> None:
         self._recent.append(seen)
-        before, recent = self.share, list(self._recent)
-        self.share = decide(before, recent, self.targets)
+        before = self.share
+        self.share = decide(before, list(self._recent), self.targets)
         self.num_cuts += self.share < before
-        self.divides_prefills = self.share >= 1 and has_room(
-            self.divides_prefills, recent, self.targets, self._slowdown
-        )
         self._write()
 
     def mark(self, pace: Pace, *, is_slow: bool) -> None:
@@ -71,10 +64,7 @@ class Pacing:
             self._write()
 
     def _write(self) -> None:
-        if self._slow:
-            self._lease.set_share(0.0)
-        else:
-            self._lease.set_share(self.share, divides_prefills=self.divides_prefills)
+        self._lease.set_share(0.0 if self._slow else self.share)
 
 
 class Pace:

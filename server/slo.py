@@ -76,17 +76,3 @@ def decide(share: float, recent: Sequence[Observation], targets: Targets) -> flo
     if any(at_risk) or targets.pressure(recent[-1]) is None:
         return share
     return min(1.0, share + STEP)
-
-
-def has_room(
-    is_slowed: bool, recent: Sequence[Observation], targets: Targets, times: float
-) -> bool:
-    """Whether none of the last `WINDOW` requests would be at risk if it took so many times as long.
-
-    Args:
-        is_slowed: the answer so far; requests have taken so long already then.
-        recent: requests that are done, the newest last.
-    """
-    room = MARGIN if is_slowed else MARGIN / times
-    pressures = [targets.pressure(seen) for seen in recent[-WINDOW:]]
-    return all(pressure is not None and pressure <= room for pressure in pressures)

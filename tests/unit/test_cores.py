@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from alchemist.protocol.cores import divides, serving_cores, slowdown, trainer_cores
+from alchemist.protocol.cores import divides, serving_cores, trainer_cores
 from alchemist.protocol.lease import Lease
 from alchemist.protocol.states import TrainerEvent
 from alchemist.server.config import CHOICES
@@ -32,11 +32,10 @@ def test_the_parts_are_the_whole(num_cores):
     serving, trainer = serving_cores(num_cores), trainer_cores(num_cores)
     assert serving + trainer == num_cores
     assert serving >= trainer >= 1
-    assert slowdown(num_cores) * serving == pytest.approx(num_cores)
 
 
 def test_a_single_core_is_both_parts():
-    assert serving_cores(1) == trainer_cores(1) == slowdown(1) == 1
+    assert serving_cores(1) == trainer_cores(1) == 1
 
 
 def test_only_policies_that_let_the_trainer_run_beside_requests_divide():
@@ -56,18 +55,6 @@ def test_decoding_leaves_cores_to_a_trainer_that_runs_and_may(
     cores.take(is_decode=is_decode)
     is_divided = is_decode and share > 0 and is_running
     assert threads() == (serving_cores(EVERY) if is_divided else EVERY)
-
-
-@pytest.mark.parametrize("share", [0.0, 1.0])
-def test_prefills_leave_cores_where_the_policy_says_so(threads, lease, share):
-    cores = Cores(lease)
-    lease.advance(TrainerEvent.STEP_BEGUN)
-    lease.set_share(share, divides_prefills=True)
-    cores.take(is_decode=False)
-    assert threads() == (serving_cores(EVERY) if share else EVERY)
-    lease.set_share(share)
-    cores.take(is_decode=False)
-    assert threads() == EVERY
 
 
 def test_they_are_all_servings_while_the_trainer_sleeps(threads, lease):

@@ -122,28 +122,3 @@ async def test_a_whole_answer_is_judged_by_the_sum_of_both_targets():
         await asyncio.sleep(0.05)
         pace.saw(chunk(2, "stop"))
     assert pacing.share == pytest.approx((0.5 + STEP) / 2)
-
-
-async def test_prefills_are_divided_at_a_whole_share_until_a_request_is_slow():
-    lease, pacing = made(ttft_ms=100, share=1.0 - 2 * STEP)
-    seen = []
-    for _ in range(3):
-        with pacing.watch(is_stream=True) as pace:
-            pace.saw(chunk(1, "stop"))
-        seen.append(lease.divides_prefills)
-    assert seen == [False, True, True]
-    with pacing.watch(is_stream=True) as pace:
-        await asyncio.sleep(0.09)
-        # The brake holds both.
-        assert (lease.share, lease.divides_prefills) == (0.0, False)
-        pace.saw(chunk(1, "stop"))
-    assert (lease.share, lease.divides_prefills) == (0.5, False)
-
-
-async def test_prefills_are_not_divided_where_twice_the_time_is_too_long(monkeypatch):
-    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(4)))
-    lease, pacing = made(ttft_ms=100, share=1.0)
-    with pacing.watch(is_stream=True) as pace:
-        await asyncio.sleep(0.05)
-        pace.saw(chunk(1, "stop"))
-    assert (lease.share, lease.divides_prefills) == (1.0, False)

@@ -17,7 +17,6 @@ from alchemist.server.slo import (
     Observation,
     Targets,
     decide,
-    has_room,
 )
 
 TRACE = Path(__file__).parents[1] / "data" / "slo_trace.json"
@@ -114,38 +113,6 @@ def test_the_share_stays_within_bounds_and_the_function_is_pure(share, recent):
 def test_a_larger_share_never_becomes_the_smaller(a, b, recent):
     low, high = sorted((a, b))
     assert decide(low, recent, TARGETS) <= decide(high, recent, TARGETS)
-
-
-@pytest.mark.parametrize(
-    ("ttft_ms", "times", "is_slowed", "expected"),
-    [
-        (75.0, 2.0, False, True),
-        (85.0, 2.0, False, False),
-        # One that already took so many times as long need not be able to take them again.
-        (155.0, 2.0, True, True),
-        (165.0, 2.0, True, False),
-        (155.0, 1.0, False, True),
-    ],
-)
-def test_there_is_room_where_requests_so_many_times_as_long_would_not_be_at_risk(
-    ttft_ms, times, is_slowed, expected
-):
-    seen = Observation(ttft_ms=ttft_ms, tpot_ms=2.0, num_tokens=24)
-    assert has_room(is_slowed, [seen], TARGETS, times) is expected
-    assert has_room(is_slowed, [seen] + [EASY] * (WINDOW - 1), TARGETS, times) is expected
-    assert has_room(is_slowed, [seen] + [EASY] * WINDOW, TARGETS, times)
-
-
-def test_there_is_no_room_where_nothing_is_known():
-    assert not has_room(False, [EASY, Observation()], TARGETS, 1.0)
-
-
-@given(st.lists(observations, min_size=1, max_size=WINDOW), st.floats(1, 8))
-def test_room_for_more_is_room_for_less(recent, times):
-    if has_room(False, recent, TARGETS, times):
-        assert has_room(False, recent, TARGETS, 1.0)
-        assert has_room(True, recent, TARGETS, times)
-        assert not any(TARGETS.is_at_risk(seen) for seen in recent)
 
 
 class Phase(msgspec.Struct):
