@@ -69,13 +69,13 @@ class Config:
     """Decoupled decay of the adapter per step, times the learning rate (default: 0)."""
 
     beta: float = 0.1
-    """TRL's beta of kto and apo_zero_unpaired: how tightly the reference holds (default: 0.1)."""
+    """TRL's beta of all objectives but sft: how tightly the reference holds (default: 0.1)."""
 
     desirable_weight: float = 1.0
-    """Weight of up-votes in the loss (default: 1)."""
+    """Weight of up-votes in the loss; not of dpo and sft (default: 1)."""
 
     undesirable_weight: float = 1.0
-    """Weight of down-votes in the loss (default: 1)."""
+    """Weight of down-votes in the loss; not of dpo and sft (default: 1)."""
 
     reference: Reference = "base"
     """What the log-ratio is taken against: the base model, or the version that served the answer
@@ -202,6 +202,11 @@ class Config:
         is_used = is_dpo and self.loss_type != "ipo"
         has = "0.0, but with --objective dpo and --loss-type sigmoid or robust"
         _require(self, "label_smoothing", is_used or not self.label_smoothing, has)
+        defaults = {field.name: field.default for field in fields(self)}
+        for name, without in _UNUSED.items():
+            is_used = self.objective not in without
+            has = f"{defaults[name]}, but with another --objective than {' and '.join(without)}"
+            _require(self, name, is_used or getattr(self, name) == defaults[name], has)
         is_used = self.lease_policy == "share"
         has = f"{_SHARE}, but with --lease-policy share"
         _require(self, "lease_share", is_used or self.lease_share == _SHARE, has)
@@ -261,6 +266,13 @@ CHOICES: dict[str, tuple[str, ...]] = {
     name: get_args(kind)
     for name, kind in get_type_hints(Config).items()
     if get_origin(kind) is Literal
+}
+# Field → the objectives that make nothing of it.
+_UNUSED = {
+    "beta": ("sft",),
+    "reference": ("sft",),
+    "desirable_weight": ("dpo", "sft"),
+    "undesirable_weight": ("dpo", "sft"),
 }
 _INTEGER_RANGES = {
     "lora_rank": (1, 512),

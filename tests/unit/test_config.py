@@ -125,6 +125,13 @@ def test_automatic_activation_memory_is_a_capped_tenth() -> None:
         (["--lease-share", "0.5"], "is 0.5; allowed: 0.2, but with --lease-policy share"),
         (["--loss-type", "ipo"], "is 'ipo'; allowed: sigmoid, but with --objective dpo"),
         (["--label-smoothing", "0.1"], "is 0.1; allowed: 0.0, but with --objective dpo and"),
+        (
+            ["--objective=sft", "--beta=3"],
+            "is 3.0; allowed: 0.1, but with another --objective than",
+        ),
+        (["--objective=sft", "--reference=served"], "--reference is 'served'; allowed: base, but"),
+        (["--objective=dpo", "--undesirable-weight=0.4"], "is 0.4; allowed: 1.0, but with another"),
+        (["--objective=sft", "--desirable-weight=2"], "another --objective than dpo and sft"),
         (["--lease-policy", "slo"], "--lease-policy is 'slo'; allowed: slo with --slo-ttft-ms,"),
         (["--slo-ttft-ms", "0"], "--slo-ttft-ms is 0.0; allowed: above 0"),
         (["--slo-tpot-ms", "-3"], "--slo-tpot-ms is -3.0; allowed: above 0"),
@@ -244,3 +251,16 @@ def test_json_round_trip() -> None:
 def test_json_is_strict(text: str) -> None:
     with pytest.raises(ValueError):  # noqa: PT011 - the kinds differ, all are ValueError
         Config.from_json(text)
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["--objective=dpo", "--beta=3", "--reference=served"],
+        ["--objective=sft", "--beta=0.1", "--undesirable-weight=1"],
+        ["--objective=apo_zero_unpaired", "--beta=3", "--undesirable-weight=0.4"],
+        ["--objective=json:loads", "--beta=3", "--desirable-weight=2", "--reference=served"],
+    ],
+)
+def test_what_an_objective_uses_or_has_its_default_is_taken(argv: list[str]) -> None:
+    parse(argv, {})
