@@ -15,9 +15,9 @@ from typing import Any
 
 import httpx
 from activation_options import full_status
+from bench_common import ROOT
 from process_figures import wait_quiet
 
-ROOT = Path(__file__).parents[1]
 PLAIN = ["scripts/plain_sglang.py"]
 ALCHEMIST = ["-m", "alchemist.server"]
 VOTES = 600
