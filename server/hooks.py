@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from alchemist.server import cpu_lora
+from alchemist.server import cpu_attention, cpu_lora
 from alchemist.server.engine import Engine
 from alchemist.server.routes import leave_auth_to_guard
 
@@ -108,6 +108,14 @@ def scheduler_hooks(engine: Engine) -> list[Hook]:
         hooks += [
             Hook(f"{_S}.lora.layers.{name}.apply_lora", "AROUND", lora.apply)
             for name in cpu_lora.LINEARS
+        ]
+        # Attention, likewise.
+        attention = cpu_attention.CpuAttention()
+        native = f"{_S}.layers.attention.torch_native_backend.TorchNativeAttnBackend"
+        hooks += [
+            Hook(f"{native}.init_forward_metadata", "AFTER", attention.begin),
+            Hook(f"{native}._run_sdpa_forward_extend", "AROUND", attention.extend),
+            Hook(f"{native}._run_sdpa_forward_decode", "AROUND", attention.decode),
         ]
     return hooks
 
