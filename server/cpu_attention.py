@@ -45,14 +45,7 @@ class CpuAttention:
         backend: Any,
         query: Tensor,
         output: Tensor,
-        key_cache: Tensor,
-        value_cache: Tensor,
-        req_to_token: Tensor,
-        requests: Tensor,
-        lengths: Tensor,
-        prefixes: Tensor,
-        extends: Tensor,
-        encoder_lengths: Tensor | None = None,
+        *given: Any,
         **options: Any,
     ) -> Tensor:
         """AROUND `_run_sdpa_forward_extend`: the new tokens of prompts. Arguments and result are SGLang's.
@@ -60,13 +53,13 @@ class CpuAttention:
         Args:
             query: [new tokens, H, D], all requests'.
             output: the same with the values' width; written and returned.
-            key_cache: [slots, K, D].
+            given: what `_read` takes but for the backend; cached and new tokens of each request; encoders' lengths.
         """
-        if not options["causal"] or _is_special(backend, query, key_cache, options):
-            given = (key_cache, value_cache, req_to_token, requests, lengths, prefixes, extends)
-            return original(backend, query, output, *given, encoder_lengths, **options)
-        keys, values = self._read(backend, key_cache, value_cache, req_to_token, requests, lengths)
-        counts = extends.tolist()
+        if not options["causal"] or _is_special(backend, query, given[0], options):
+            result: Tensor = original(backend, query, output, *given, **options)
+            return result
+        keys, values = self._read(backend, *given[:5])
+        counts = given[6].tolist()
         parts = zip(query.split(counts), output.split(counts), keys, values, strict=True)
         for q, out, k, v in parts:
             attend(q, k, v, options["scaling"], out)
@@ -78,19 +71,14 @@ class CpuAttention:
         backend: Any,
         query: Tensor,
         output: Tensor,
-        key_cache: Tensor,
-        value_cache: Tensor,
-        req_to_token: Tensor,
-        requests: Tensor,
-        lengths: Tensor,
-        encoder_lengths: Tensor | None = None,
+        *given: Any,
         **options: Any,
     ) -> Tensor:
         """AROUND `_run_sdpa_forward_decode`: one token of each request; otherwise as `extend`."""
-        if _is_special(backend, query, key_cache, options):
-            given = (key_cache, value_cache, req_to_token, requests, lengths)
-            return original(backend, query, output, *given, encoder_lengths, **options)
-        keys, values = self._read(backend, key_cache, value_cache, req_to_token, requests, lengths)
+        if _is_special(backend, query, given[0], options):
+            result: Tensor = original(backend, query, output, *given, **options)
+            return result
+        keys, values = self._read(backend, *given[:5])
         scale = options["scaling"]
         answers = [
             scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=True)[:, :, 0]
@@ -107,7 +95,14 @@ class CpuAttention:
         requests: Tensor,
         lengths: Tensor,
     ) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
-        """Keys and values of each request: [1, K, N, D]."""
+        """Keys and values of each request: [1, K, N, D].
+
+        Args:
+            key_cache: [slots, K, D].
+            req_to_token: [requests there can be, tokens of each]: slots.
+            requests: rows of it.
+            lengths: of each request, cached tokens included.
+        """
         if self._backend is not backend:
             self._lengths = lengths.tolist()
             rows = zip(requests.tolist(), self._lengths, strict=True)
