@@ -1,4 +1,4 @@
-"""The scheduler's cores: all of them, or its part while it decodes beside the trainer (`protocol/cores.py`)."""
+"""The scheduler's cores: all of them, or its part beside the trainer (`protocol/cores.py`)."""
 
 from __future__ import annotations
 
@@ -15,8 +15,14 @@ class Cores:
     def __init__(self, lease: Lease) -> None:
         self._lease, self._every = lease, torch.get_num_threads()
 
-    def take(self, *, is_decode: bool) -> None:
-        """What the next pass gets."""
+    def take(self, *, is_decode: bool, is_alone: bool) -> None:
+        """What the next pass gets.
+
+        Args:
+            is_alone: it is of one request, and none waits behind it.
+        """
         lease, every = self._lease, self._every
-        is_beside = is_decode and lease.share > 0 and lease.state is TrainerState.RUNNING
+        share = lease.share
+        leaves_some = share > 0 if is_decode else share >= 1 and is_alone
+        is_beside = leaves_some and lease.state is TrainerState.RUNNING
         torch.set_num_threads(serving_cores(every) if is_beside else every)

@@ -71,6 +71,8 @@ class Engine:
         self._desk: RowDesk | None = None
         self._cores: Cores | None = None
         """Where they are divided with the trainer."""
+        self._scheduler: Any = None
+        """SGLang's; None before its loop begins."""
         self._kv: Arena | DeviceExport | None = None
         self._kv_handles: dict[str, TensorHandle] = {}
         self._weights: Arena | DeviceExport | None = None
@@ -244,7 +246,8 @@ class Engine:
     def begin_forward(self, batch: Any) -> bool:
         """Whether this forward is being recorded."""
         if self._cores is not None:
-            self._cores.take(is_decode=batch.forward_mode.is_decode())
+            is_decode = batch.forward_mode.is_decode()
+            self._cores.take(is_decode=is_decode, is_alone=self._is_alone(batch))
         # SGLang's own warm-up has no requests.
         if self.recorder is None or batch.rids is None:
             return False
@@ -263,6 +266,11 @@ class Engine:
             return False
         positions = positions_of(batch, is_decode)
         return self.recorder.begin(batch.out_cache_loc, positions, which, is_decode=is_decode)
+
+    def _is_alone(self, batch: Any) -> bool:
+        """Whether it is of one request, and none waits behind it."""
+        scheduler = self._scheduler
+        return batch.batch_size == 1 and scheduler is not None and not scheduler.waiting_queue
 
     def _wanted(self, batch: Any) -> torch.Tensor | None:
         """Which tokens of a prefill are to be recorded; None: all."""
@@ -378,6 +386,7 @@ class Engine:
 
     def on_requests(self, scheduler: Any, requests: list[Any]) -> None:
         """Called once a loop, before the requests are looked at."""
+        self._scheduler = scheduler
         if requests:
             self.lease.set_engine_busy(True)
             # A batch of the native API is one of them.

@@ -63,6 +63,7 @@ class Prefill:
             out_cache_loc=self.slots,
             positions=torch.arange(total),
             rids=["no", "yes"] if but else ["yes"],
+            batch_size=2 if but else 1,
             lora_ids=None,
             extend_seq_lens_cpu=[but, count] if but else [count],
             seq_lens_cpu=torch.tensor([but, count] if but else [count]),
