@@ -23,6 +23,7 @@ _VERSION_MOVES: dict[str, tuple[str, ...]] = {
 }
 
 _SKIPPED = "a later version was trained from it before it went live"
+_GONE = "its directory is gone"
 _UNFINISHED = "the answer never finished: the server stopped while it was streaming"
 
 
@@ -45,7 +46,8 @@ class VersionTables:
         """Moves a version; when one goes live the version that was live is retired with it.
 
         Args:
-            requeue: with state `failed`, its votes are pending again and the ledger forgets the step's.
+            requeue: with state `failed`, its votes are pending again and the ledger forgets the step's; also those of
+                versions that nothing but this one contained (see `recover`).
 
         Raises:
             NotFound: no such version.
@@ -69,7 +71,8 @@ class VersionTables:
                 (state, reason, version),
             )
             if requeue and state == "failed":
-                votes.requeue(db, version, self._now())
+                for lost in (version, *_lost_with(db, version)):
+                    votes.requeue(db, lost, self._now())
 
         return self._store.write(operation)
 
@@ -213,7 +216,7 @@ class VersionTables:
             for v in newest_first:
                 if v.path is not None and v.version not in there:
                     state = "failed" if v.state in ("live", "staged") else v.state
-                    _set(db, v.version, state, "its directory is gone")
+                    _set(db, v.version, state, _GONE)
                     if v.state == "staged":
                         votes.requeue(db, v.version, self._now())
                     db.execute("UPDATE versions SET path = NULL WHERE version = ?", (v.version,))
@@ -288,6 +291,20 @@ def insert_step(
     )
     text = msgspec.json.encode(dict(metrics)).decode()
     db.execute("INSERT INTO steps VALUES (?, ?, ?, ?, ?)", (step, parent, version, now, text))
+
+
+def _lost_with(db: sqlite3.Connection, version: int) -> list[int]:
+    """The versions between `version` and the live one, if it was all that stood for them: they never went live, or
+    their directories were gone when it was to be published.
+    """
+    rows = {row["version"]: row for row in db.execute("SELECT * FROM versions")}
+    lost: list[int] = []
+    parent = rows[version]["parent"]
+    while parent and rows[parent]["state"] != "live":
+        lost.append(parent)
+        parent = rows[parent]["parent"]
+    is_all = lost and rows[lost[0]]["reason"] in (_SKIPPED, _GONE)
+    return lost if is_all and parent is not None and rows[parent]["state"] == "live" else []
 
 
 def _set(db: sqlite3.Connection, version: int, state: str, reason: str) -> None:

@@ -386,7 +386,41 @@ def test_recovery_of_versions(tmp_path: Path) -> None:
     # v3 was made from it, and is published.
     assert (found.live, found.staged) == (0, 3)
     assert [second.get_feedback(i).result().state for i in ids] == [*["trained"] * 3, "pending"]
+    # Where it cannot be, nothing that serves has learned from any of them.
+    second.set_version_state(3, "failed", "probe differs", requeue=True).result()
+    assert [second.get_feedback(i).result().state for i in ids] == ["pending"] * 4
     second.close()
+
+
+def test_a_staged_version_that_fails_takes_what_it_contained_with_it_and_no_more(
+    tmp_path: Path,
+) -> None:
+    first = Ledger(tmp_path / "data" / "ledger.sqlite3")
+    ids = add_voted(first, 4)
+    for version in (1, 2):
+        commit(first, version, [ids[version - 1]])
+        first.set_version_state(version, "live").result()
+    for version in (3, 4):
+        commit(first, version, [ids[version - 1]])
+    first.close()
+    second = Ledger(tmp_path / "data" / "ledger.sqlite3")
+    assert second.recover().result().staged == 4
+    second.set_version_state(4, "failed", "probe differs", requeue=True).result()
+    states = [second.get_feedback(i).result().state for i in ids]
+    assert states == ["trained", "trained", "pending", "pending"]
+    second.close()
+
+
+def test_a_version_that_fails_keeps_the_votes_of_what_a_person_rolled_back(ledger: Ledger) -> None:
+    ids = add_voted(ledger, 3)
+    for version in (1, 2):
+        commit(ledger, version, [ids[version - 1]])
+        ledger.set_version_state(version, "live").result()
+    commit(ledger, 3, [ids[2]])
+    ledger.set_version_state(1, "live").result()
+    ledger.set_version_state(3, "failed", "v1 was made live during the step", requeue=True).result()
+    states = [ledger.get_feedback(i).result().state for i in ids]
+    assert states == ["trained", "trained", "pending"]
 
 
 def test_recovery_without_the_live_versions_directory(tmp_path: Path) -> None:
