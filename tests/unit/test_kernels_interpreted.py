@@ -51,8 +51,7 @@ def comparisons():
 @pytest.mark.parametrize("name", NAMES)
 def test_error_is_that_of_plain_torch(name, comparisons):
     """On a CPU what plain PyTorch rounds, and whether at all, depends on the processor's own kernels: it is allowed to
-    be half as exact again here in the mean, two and a half times as far off in the one worst element, and a few
-    roundings of numbers around one. A wrong kernel, or one that computes in fewer bits, is off by far more.
+    be half as exact again here, and a few roundings of numbers around one. A wrong kernel is off by far more.
     """
     mine = [found for found in comparisons if found["name"] == name]
     assert mine
@@ -60,7 +59,7 @@ def test_error_is_that_of_plain_torch(name, comparisons):
     bad = [
         found
         for found in mine
-        if found["max_error"] > 2.5 * found["max_allowed"] + 4 * eps
+        if found["max_error"] > 1.5 * found["max_allowed"] + 4 * eps
         or found["rms_error"] > 1.5 * found["rms_allowed"] + 2 * eps
     ]
     assert not bad, "\n".join(map(str, bad))
